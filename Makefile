@@ -1,0 +1,50 @@
+# make serve   sets up everything, then serves the demo model on http://localhost:21002
+# make test    sets up everything, then runs the checks and the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= serve_config.yaml
+PYTEST_ARGS ?=
+
+.PHONY: install serve test lint check demo-check train-demo lock clean
+
+serve: $(STAMP)
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(CONFIG)
+
+test: lint check
+
+check: $(STAMP)
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(STAMP)
+
+# torch comes first and by itself: the lock's other packages must find it there, whichever build
+# (CPU or CUDA) this machine's package index has.
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The gates of the demo model on thousands of held-out questions; minutes.
+demo-check: $(STAMP)
+	$(BIN)/python -m models.demo.evaluate
+
+# From random weights to the demo checkpoint; about half an hour on two cores.
+train-demo: $(STAMP)
+	$(BIN)/python -m models.demo.train
+
+# Pins what is installed now.
+lock: $(STAMP)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^pytest-asyncio' > requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis
