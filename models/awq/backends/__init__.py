@@ -1,0 +1,29 @@
+"""Ways to multiply with 4-bit weights. Each packs the canonical form for itself, at load."""
+
+from __future__ import annotations
+
+import torch
+
+from models.awq.backends.base import Backend
+from models.awq.backends.cpu_int4 import CpuInt4
+from models.awq.backends.cuda_int4 import CudaInt4
+from models.awq.backends.reference import Reference
+from models.errors import ConfigurationError
+from models.registry import Registry
+
+BACKENDS: Registry[Backend] = Registry("W4A16 backend", ConfigurationError)
+BACKENDS.register("reference", Reference())
+BACKENDS.register("cpu_int4", CpuInt4())
+BACKENDS.register("cuda_int4", CudaInt4())
+
+
+def select_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the fastest backend for activations of `dtype` on `device`."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "cpu_int4"  # its other dtypes are some 60 times slower
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return "cuda_int4"  # tinygemm has no other dtype
+    return "reference"
+
+
+__all__ = ["BACKENDS", "Backend", "select_backend"]

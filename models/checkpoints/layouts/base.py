@@ -1,0 +1,75 @@
+"""What a layout does: say whether a folder is of its kind, and open it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.json_config import JsonConfig
+from models.checkpoints.locations import Location, find_awq_file
+from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
+from models.checkpoints.tensor_files import TensorStore
+from models.checkpoints.weight_source import WeightSource
+from models.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `open_checkpoint` was asked for.
+
+    Attributes:
+        config: the folder's config.json.
+        template: instead of the one that the name suggests.
+        token_order: instead of the one of the checkpoint's era.
+    """
+
+    location: Location
+    config: JsonConfig
+    quant_path: str | Path | None
+    precision: Precision
+    template: str | None
+    token_order: TokenOrder | None
+
+
+class Layout(ABC):
+    @abstractmethod
+    def matches(self, root: Path, config: JsonConfig) -> bool:
+        """Whether the folder is of this layout."""
+
+    @abstractmethod
+    def open(self, request: Request) -> Checkpoint:
+        """
+        Raises:
+            CheckpointError: the folder cannot be served; says which file or key, and why.
+        """
+
+
+def find_awq_store(request: Request, searched: Sequence[Path]) -> TensorStore | None:
+    """The AWQ file's tensors; None for 16-bit models, or where there is no such file."""
+    if request.precision == "W16A16":
+        return None
+    file = find_awq_file(request.quant_path, request.location.root, searched)
+    return None if file is None else TensorStore.of(file.label, [file])
+
+
+def check_precision(source: WeightSource, request: Request, searched: Sequence[str]) -> None:
+    """Whether the language model is there in the precision that was asked for."""
+    if request.precision == "W4A16" and not source.holds_quantized:
+        raise CheckpointError(
+            f"precision is W4A16, but there are no 4-bit weights: no .pt file with such in "
+            f"{' or '.join(searched)}, nor in the checkpoint's own files. Give the file as "
+            "quant_path, or set precision: W16A16"
+        )
+    if request.precision == "W16A16" and source.holds_quantized:
+        raise CheckpointError(
+            f"precision is W16A16, but the language model in {source.where} is in 4 bits; set "
+            "precision: W4A16"
+        )
+    if not source.names():
+        raise CheckpointError(
+            f"precision is {request.precision}, but there are no 16-bit weights of the language "
+            f"model in {source.where}; add them, or set precision: W4A16 if the checkpoint is "
+            "an AWQ one"
+        )

@@ -1,0 +1,55 @@
+"""The way in: a path or Hub id, and what it should be served as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from models.json_config import JsonConfig
+from models.checkpoints.layouts import LAYOUTS, Request
+from models.checkpoints.locations import locate
+from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
+from models.errors import CheckpointError, ConfigurationError
+
+
+def open_checkpoint(
+    model_path: str | Path,
+    quant_path: str | Path | None = None,
+    precision: Precision = "W4A16",
+    *,
+    template: str | None = None,
+    token_order: TokenOrder | None = None,
+) -> Checkpoint:
+    """Finds a model's files and reads their headers and configs; no weights yet.
+
+    Args:
+        model_path: a folder, or a Hub id (the local cache first; HF_HUB_OFFLINE is honoured).
+        quant_path: the AWQ weights: a file, or a folder with one. By default they are looked for
+            in the checkpoint. Not used with W16A16.
+        precision: "W4A16" or "W16A16".
+        template: the conversation template, instead of the one that the model's name suggests.
+        token_order: "row" or "column", in which `mlp_downsample` emits its grid, instead of the
+            one of the checkpoint's era.
+
+    Raises:
+        CheckpointError: the files cannot be served; says which and why.
+        ConfigurationError: an argument is none of its choices.
+    """
+    for name, value, choices in (
+        ("precision", precision, get_args(Precision)),
+        ("token_order", token_order, (None, *get_args(TokenOrder))),
+    ):
+        if value not in choices:
+            raise ConfigurationError(f"{name} is {value!r}; it must be one of {choices}")
+    location = locate(model_path)
+    config = JsonConfig.read(location.root / "config.json", "config.json")
+    for layout in LAYOUTS.values():
+        if layout.matches(location.root, config):
+            return layout.open(
+                Request(location, config, quant_path, precision, template, token_order)
+            )
+    raise CheckpointError(
+        f"{location.name} is of no known layout ({', '.join(LAYOUTS)}): its config.json has "
+        "neither mm_vision_tower nor llm_cfg, so it is no LLaVA or VILA checkpoint, or a "
+        "conversion of one that is not supported"
+    )

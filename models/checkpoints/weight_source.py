@@ -1,0 +1,232 @@
+"""The tensors of one component (language model, projector, tower) under its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.awq.formats import FORMATS, QUANTIZED_SUFFIXES, AwqFormat, TensorHeader
+from models.awq.quantized_weight import QuantizedWeight
+from models.checkpoints.tensor_files import TensorFile, TensorStore
+from models.errors import CheckpointError
+
+DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+"""Endings of buffers that old releases saved and that follow from the config."""
+LISTED = 10
+"""Problems that a message spells out; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies, and its name there."""
+
+    file: TensorFile
+    stored_name: str
+
+    @property
+    def header(self) -> TensorHeader:
+        return self.file.headers[self.stored_name]
+
+    def read(self) -> Tensor:
+        return self.file.read(self.stored_name)
+
+
+class WeightSource:
+    """
+    Attributes:
+        component: what messages call it: "language model", "projector", "vision tower".
+    """
+
+    def __init__(
+        self,
+        component: str,
+        places: Mapping[str, TensorPlace],
+        where: str,
+        absent: Mapping[str, str] | None = None,
+        spellings: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            places: by the component's own names.
+            where: the file or folder that a missing tensor should have been in.
+            absent: the missing file, for tensors that an index places in it.
+            spellings: the ends of names in the file, where they are not the own names.
+        """
+        self.component = component
+        self.where = where
+        self._places = {name: place for name, place in places.items() if not name.endswith(DERIVED)}
+        self._absent = absent or {}
+        self._spellings = spellings or {}
+
+    @classmethod
+    def select(
+        cls, component: str, store: TensorStore, own_names: Mapping[str, str]
+    ) -> WeightSource:
+        """
+        Args:
+            own_names: names in `store`, of tensors present or missed by its index -> the
+                component's own names.
+        """
+        places = {
+            own: TensorPlace(store.files[stored], stored)
+            for stored, own in own_names.items()
+            if stored in store.files
+        }
+        absent = {
+            own: store.absent[stored] for stored, own in own_names.items() if stored in store.absent
+        }
+        return cls(component, places, store.where, absent)
+
+    def renamed(self, new_names: Mapping[str, str]) -> WeightSource:
+        """The same tensors; those that `new_names` knows under other names."""
+        places = {new_names.get(name, name): place for name, place in self._places.items()}
+        absent = {new_names.get(name, name): file for name, file in self._absent.items()}
+        spellings = {
+            new: old
+            for old, new in new_names.items()
+            if not new_names.keys().isdisjoint(self._places)
+        }
+        return WeightSource(self.component, places, self.where, absent, spellings)
+
+    def names(self) -> AbstractSet[str]:
+        return self._places.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the file's header; no data is read."""
+        return self._place(name).header.shape
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the CPU and in the file's dtype. Not to be written to: it is mapped."""
+        return self._place(name).read()
+
+    def file_of(self, name: str) -> str:
+        return self._place(name).file.label
+
+    def is_quantized(self, linear: str) -> bool:
+        """Whether the layer `linear` ("model.layers.0.mlp.up_proj") is there in 4 bits."""
+        return any(f"{linear}.{suffix}" in self._places for suffix in QUANTIZED_SUFFIXES)
+
+    @property
+    def holds_quantized(self) -> bool:
+        return any(name.rpartition(".")[2] in QUANTIZED_SUFFIXES for name in self._places)
+
+    def quantized(self, linear: str) -> QuantizedWeight:
+        """
+        Raises:
+            CheckpointError: the layer is not there in 4 bits, or its tensors are damaged.
+        """
+        entry = self._format(linear)
+        tensors = {suffix: self.get(f"{linear}.{suffix}") for suffix in entry.suffixes}
+        try:
+            return entry.unpack(tensors)
+        except ValueError as error:
+            file = self.file_of(f"{linear}.{entry.suffixes[0]}")
+            raise CheckpointError(f"{linear} in {file}: {error}") from error
+
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        quantized: Mapping[str, tuple[int, int]] | None = None,
+        unused: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Strict: every tensor is there, of its shape, and no other. Reads headers only.
+
+        Args:
+            expected: shapes of the 16-bit tensors.
+            quantized: (N, K) of the layers that must be there in 4 bits.
+            unused: tensors that may be there, and are not read.
+
+        Raises:
+            CheckpointError: names the tensors and their files, the first ten of them.
+        """
+        unused = unused or {}
+        problems = [
+            *self._misfits(expected, required=True),
+            *self._misfits(unused, False),
+        ]
+        known = {*expected, *unused}
+        for linear, (n, k) in (quantized or {}).items():
+            problems += self._misfit_quantized(linear, n, k)
+            known |= {f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES}
+        problems += [
+            f"{self._stored(name)} in {self.file_of(name)} is left over: the model has no such tensor"
+            for name in sorted(self._places.keys() - known)
+        ]
+        self._raise(problems)
+
+    def _misfits(self, shapes: Mapping[str, tuple[int, ...]], required: bool) -> Iterable[str]:
+        for name, shape in shapes.items():
+            if name not in self._places:
+                if required:
+                    yield self._missing(name)
+            elif self.shape(name) != shape:
+                yield (
+                    f"{self._stored(name)} in {self.file_of(name)} has shape {self.shape(name)}, "
+                    f"expected {shape}"
+                )
+
+    def _misfit_quantized(self, linear: str, n: int, k: int) -> Collection[str]:
+        entry = self._format(linear)
+        headers = self._headers(linear)
+        missing = [suffix for suffix in entry.suffixes if suffix not in headers]
+        if missing:
+            return [self._missing(f"{linear}.{suffix}") for suffix in missing]
+        problem = entry.problem(headers, n, k)
+        if problem is None:
+            return []
+        name = f"{linear}.{problem[0]}"
+        return [f"{self._stored(name)} in {self.file_of(name)} {problem[1]}"]
+
+    def _missing(self, name: str) -> str:
+        stored = self._stored(name)
+        if name in self._absent:
+            file = self._absent[name]
+            return f"{stored} is missing: the index places it in {file}, which is absent"
+        return f"{stored} is missing from {self.where}"
+
+    def _stored(self, name: str) -> str:
+        """The name in the file; of a missing tensor, what it should be, by its siblings'."""
+        if name in self._places:
+            return self._places[name].stored_name
+        for own, place in self._places.items():
+            ending = self._spellings.get(own, own)
+            if place.stored_name.endswith(ending):
+                prefix = place.stored_name.removesuffix(ending)
+                return f"{prefix}{self._spellings.get(name, name)}"
+        return name
+
+    def _raise(self, problems: Collection[str]) -> None:
+        if not problems:
+            return
+        listed = "; ".join([*problems][:LISTED])
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise CheckpointError(f"{self.component}: {listed}{more}")
+
+    def _format(self, linear: str) -> AwqFormat:
+        headers = self._headers(linear)
+        for entry in FORMATS.values():
+            if entry.matches(headers):
+                return entry
+        found = ", ".join(
+            f"{suffix} {header.dtype} {header.shape}" for suffix, header in headers.items()
+        )
+        raise CheckpointError(
+            f"{linear} in {self.where} is not of a known 4-bit format: it has "
+            f"{found or 'no such tensors'}; known: {', '.join(FORMATS)}"
+        )
+
+    def _headers(self, linear: str) -> dict[str, TensorHeader]:
+        prefix = f"{linear}."
+        return {
+            name.removeprefix(prefix): place.header
+            for name, place in self._places.items()
+            if name.startswith(prefix)
+        }
+
+    def _place(self, name: str) -> TensorPlace:
+        if name not in self._places:
+            raise CheckpointError(f"{self.component}: {self._missing(name)}")
+        return self._places[name]

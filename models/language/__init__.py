@@ -1,0 +1,1 @@
+"""The decoder: the Llama family of language models over a paged KV cache."""

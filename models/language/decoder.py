@@ -1,0 +1,150 @@
+"""The Llama family's decoder, on packed tokens of many sequences at once.
+
+Linear layers are found by their fused names (`qkv_proj`, `gate_up_proj`); the loader puts a plain
+or a 4-bit linear there (`models/language/loading.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from models.language.attention import AttentionBatch, sdpa_attention
+from models.language.kv_cache import KVCache, head_dim
+from models.language.rope import RotaryEmbedding, rotate
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: PreTrainedConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = head_dim(config)
+        bias = attention_bias(config)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias.qkv)
+        self.o_proj = nn.Linear(
+            self.num_heads * self.head_dim, config.hidden_size, bias=bias.output
+        )
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: AttentionBatch
+    ) -> Tensor:
+        kv_size = self.num_kv_heads * self.head_dim
+        q, k, v = self.qkv_proj(x).split(
+            [self.num_heads * self.head_dim, kv_size, kv_size], dim=-1
+        )
+        q = rotate(q.unflatten(-1, (self.num_heads, self.head_dim)), *rotation)
+        k = rotate(k.unflatten(-1, (self.num_kv_heads, self.head_dim)), *rotation)
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        cache.write(self.layer, batch.slots, k, v)
+        out: Tensor = self.o_proj(sdpa_attention(q, k, v, cache, self.layer, batch).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """The gated feed-forward part (SwiGLU; Shazeer, 2020)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        bias = bool(getattr(config, "mlp_bias", False))
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: PreTrainedConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: AttentionBatch
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache, batch)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm; the `model.` of the checkpoints' names."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model that reads embeddings and keeps its past in a paged KV cache."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary: RotaryEmbedding | None = None
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(tokens,) int64 -> (tokens, hidden)."""
+        out: Tensor = self.model.embed_tokens(token_ids)
+        return out
+
+    def forward(self, x: Tensor, cache: KVCache, batch: AttentionBatch) -> Tensor:
+        """(tokens, hidden) embeddings -> (tokens, hidden) final states; writes the KV cache."""
+        assert self.rotary is not None, "the loader tabulates the rotary embedding"
+        rotation = self.rotary.at(batch.positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, rotation, cache, batch)
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, hidden) -> (rows, vocabulary), float32."""
+        out: Tensor = self.lm_head(hidden)
+        return out.float()
+
+
+class AttentionBias(NamedTuple):
+    """Which attention projections carry a bias; families differ."""
+
+    qkv: bool
+    output: bool
+
+
+def attention_bias(config: PreTrainedConfig) -> AttentionBias:
+    """Qwen2 has biases on q, k, v by definition; Llama where its config says so."""
+    if config.model_type == "qwen2":
+        return AttentionBias(qkv=True, output=False)
+    both = bool(getattr(config, "attention_bias", False))
+    return AttentionBias(qkv=both, output=both)

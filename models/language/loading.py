@@ -1,0 +1,154 @@
+"""Weights by checkpoint names -> a decoder whose layers are fused and packed for its device.
+
+The checkpoints' names are unfused. The decoder is built on `meta`, the names and shapes are
+checked against the files' headers before any data is read, and each layer is then fetched, fused,
+packed for the device and let go, so that the peak of memory is one layer above the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from models.awq import QuantizedWeight, W4A16Linear
+from models.checkpoints import WeightSource
+from models.errors import CheckpointError
+from models.language.decoder import Decoder, attention_bias
+from models.language.kv_cache import head_dim
+from models.language.rope import RotaryEmbedding
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Module of ours -> the checkpoint's modules, joined along the output dimension."""
+
+
+def load_decoder(
+    source: WeightSource,
+    config: PreTrainedConfig,
+    *,
+    max_positions: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+) -> Decoder:
+    """The decoder, ready to run.
+
+    Args:
+        source: the language model's tensors, under transformers' names for a causal LM.
+        max_positions: longest sequence that will be computed.
+        backend: of the 4-bit linears; see `models.awq.backends`.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or misshaped.
+    """
+    with init_empty_weights():
+        decoder = Decoder(config)
+    _check(source, config)
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.Linear):
+            _place_linear(decoder, name, source, device, dtype, backend)
+        else:
+            for parameter, _ in module.named_parameters(recurse=False):
+                full = f"{name}.{parameter}"
+                _place(decoder, full, source.get(full), device, dtype)
+    decoder.rotary = RotaryEmbedding(config, max_positions, device)
+    return decoder.eval().requires_grad_(False)
+
+
+def linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear inside the layers, by its checkpoint name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * head_dim(config)
+    kv = config.num_key_value_heads * head_dim(config)
+    layer = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return {
+        f"model.layers.{index}.{name}": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in layer.items()
+    }
+
+
+def _check(source: WeightSource, config: PreTrainedConfig) -> None:
+    """Strict: every tensor there, of the right shape, and none besides."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    plain: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings or "lm_head.weight" in source.names():
+        plain["lm_head.weight"] = (vocab, hidden)
+    for index in range(config.num_hidden_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            plain[f"model.layers.{index}.{norm}.weight"] = (hidden,)
+    quantized: dict[str, tuple[int, int]] = {}
+    bias, mlp_bias = attention_bias(config), bool(getattr(config, "mlp_bias", False))
+    for name, shape in linear_shapes(config).items():
+        if source.is_quantized(name):
+            quantized[name] = shape
+        else:
+            plain[f"{name}.weight"] = shape
+        if ".mlp." in name:
+            has_bias = mlp_bias
+        else:
+            has_bias = bias.output if name.endswith("o_proj") else bias.qkv
+        if has_bias:
+            plain[f"{name}.bias"] = shape[:1]
+    source.check(plain, quantized)
+
+
+def _place_linear(
+    decoder: Decoder,
+    name: str,
+    source: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+) -> None:
+    parts = list(_checkpoint_names(name))
+    has_bias = decoder.get_submodule(name).bias is not None
+    bias = torch.cat([source.get(f"{part}.bias") for part in parts]) if has_bias else None
+    if source.is_quantized(parts[0]):
+        try:
+            weight = QuantizedWeight.cat([source.quantized(part) for part in parts])
+        except ValueError as error:
+            raise CheckpointError(f"{name}, made of {', '.join(parts)}: {error}") from error
+        parent, _, attribute = name.rpartition(".")
+        linear = W4A16Linear.from_quantized(
+            weight, bias, backend=backend, device=device, dtype=dtype
+        )
+        setattr(decoder.get_submodule(parent), attribute, linear)
+        return
+    if name == "lm_head" and "lm_head.weight" not in source.names():
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight  # tied, placed before it
+        return
+    weights = [source.get(f"{part}.weight") for part in parts]
+    _place(decoder, f"{name}.weight", torch.cat(weights), device, dtype)
+    if bias is not None:
+        _place(decoder, f"{name}.bias", bias, device, dtype)
+
+
+def _checkpoint_names(name: str) -> Iterator[str]:
+    parent, _, module = name.rpartition(".")
+    for part in FUSED.get(module, (module,)):
+        yield f"{parent}.{part}" if parent else part
+
+
+def _place(
+    decoder: Decoder, name: str, value: Tensor, device: torch.device, dtype: torch.dtype
+) -> None:
+    set_module_tensor_to_device(decoder, name, device, value=value, dtype=dtype)

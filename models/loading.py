@@ -1,0 +1,158 @@
+"""A folder on disk (or a Hub id) -> a running engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from models.awq import select_backend
+from models.checkpoints import Checkpoint, open_checkpoint
+from models.engine.core import EngineCore
+from models.engine.engine import Engine
+from models.engine.image_cache import ImageEmbeddingCache
+from models.engine.options import EngineOptions
+from models.engine.preparation import RequestPreparer
+from models.engine.runner import ModelRunner
+from models.engine.sizing import resolve_sizes
+from models.errors import ConfigurationError
+from models.language.kv_cache import KVCache, KVCacheShape
+from models.language.loading import load_decoder
+from models.prompts import Tokenizer, get_template, load_tokenizer
+from models.vision import ImagePreprocessor, load_vision
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
+
+
+def load_engine(
+    model_path: str | Path,
+    quant_path: str | Path | None = None,
+    precision: Literal["W4A16", "W16A16"] = "W4A16",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    num_threads: int | None = None,
+    tinychat_prompt_rewrite: bool = False,
+    **engine_options: Any,
+) -> Engine:
+    """Loads a checkpoint and starts its engine.
+
+    Args:
+        model_path: a checkpoint's folder, or a Hub id.
+        quant_path: the AWQ weights, a file or a folder; by default found in `model_path`.
+        precision: "W4A16" (AWQ weights) or "W16A16".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is the checkpoint's
+            own on a GPU, and bfloat16 on a CPU, whose 4-bit kernels are fast in it only.
+        num_threads: of the CPU; default: the cores that this process may use.
+        engine_options: see `EngineOptions`.
+
+    Raises:
+        CheckpointError: the files cannot be served; says which and why.
+        ConfigurationError: the options cannot be fulfilled.
+    """
+    options = EngineOptions(**engine_options)
+    target = _device(device)
+    checkpoint = open_checkpoint(model_path, quant_path, precision)
+    kind = _dtype(dtype, target, checkpoint)
+    threads = num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+
+    started = time.monotonic()
+    spec = checkpoint.spec
+    context_length = min(options.max_model_len or spec.context_length, spec.context_length)
+    backend = select_backend(target, kind)
+    tokenizer = load_tokenizer(spec.tokenizer_path)
+    vision = load_vision(checkpoint, target, kind)
+    decoder = load_decoder(
+        checkpoint.language,
+        spec.language,
+        max_positions=context_length,
+        device=target,
+        dtype=kind,
+        backend=backend,
+    )
+    shape = KVCacheShape.of(spec.language, options.block_size, kind)
+    sizes = resolve_sizes(options, shape, context_length, decoder, vision, target)
+    runner = ModelRunner(
+        decoder,
+        ImageEmbeddingCache(vision, options.image_cache_bytes),
+        KVCache(shape, sizes.num_blocks, target),
+        target,
+    )
+    core = EngineCore(
+        runner,
+        tokenizer,
+        _stop_tokens(spec.prompt.template, tokenizer),
+        max_model_len=sizes.max_model_len,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+    )
+    preparer = RequestPreparer(
+        spec,
+        tokenizer,
+        ImagePreprocessor(spec.vision.preprocessing, vision.num_tokens_per_tile),
+        sizes.max_model_len,
+        tinychat_prompt_rewrite,
+    )
+    description = {
+        "model": spec.name,
+        "layout": spec.layout,
+        "precision": precision,
+        "device": _device_name(target),
+        "dtype": str(kind).removeprefix("torch."),
+        "backend": backend if precision == "W4A16" else "torch",
+        "threads": str(threads),
+        "context": f"{sizes.max_model_len} tokens",
+        "kv_cache": f"{sizes.num_blocks * shape.block_size} tokens, "
+        f"{sizes.num_blocks * shape.bytes_per_block / 2**20:.0f} MiB",
+        "max_num_seqs": str(sizes.max_num_seqs),
+        "loaded_in": f"{time.monotonic() - started:.1f} s",
+    }
+    return Engine(core, preparer, num_threads=threads, description=description)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = torch.device("meta")
+    if target.type not in {"cpu", "cuda"}:
+        raise ConfigurationError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"device is {device!r}, but torch sees no GPU here; use device: cpu or auto"
+        )
+    return target
+
+
+def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.bfloat16
+        stored = checkpoint.language.get("model.norm.weight").dtype
+        return stored if stored in {torch.float16, torch.bfloat16} else torch.float16
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype is {dtype!r}; it must be auto or one of {list(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _stop_tokens(template: str, tokenizer: Tokenizer) -> set[int]:
+    """The tokenizer's end of sequence, and what the conversation template ends turns with."""
+    named = (tokenizer.token_to_id(token) for token in get_template(template).stop_token_strs)
+    return {*tokenizer.eos_token_ids, *(token for token in named if token is not None)}

@@ -1,0 +1,187 @@
+"""Llama's tokenizer from its `tokenizer.model`, as transformers' slow `LlamaTokenizer` had it.
+
+transformers 5 has no slow Llama tokenizer any more, and LLaVA's models were trained and served
+with it; the fast conversion gives other ids around added tokens, newlines and double spaces.
+
+A text is cut at added tokens ("</s>"), and the rest is encoded piece by piece. There are two
+behaviours, and `legacy` in tokenizer_config.json says with which a model was trained:
+
+    legacy      every piece gets SentencePiece's dummy prefix (a leading space), so that
+                "Hi</s>there" has one before "there" too
+    not legacy  only the text as a whole gets it
+
+Source: transformers 4.31 to 4.57, models/llama/tokenization_llama.py (behaviour, not code).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from models.json_config import JsonConfig
+from models.errors import CheckpointError
+from models.prompts.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's visible space."""
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+"""ModelProto{normalizer_spec{add_dummy_prefix: false}}. Serialised protocol buffers that are
+joined are merged, the later value counting, so this behind a model switches its prefix off."""
+GUARD = "<unk>"
+"""Encoded before a text that begins with a space and cut off again: SentencePiece may drop spaces
+at the very beginning."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        added: Mapping[str, int] | None = None,
+        special: Sequence[str] = (),
+        legacy: bool = True,
+        add_bos: bool = True,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:
+            model: the content of `tokenizer.model`.
+            added: tokens beside the model's own pieces, and their ids.
+            special: those of `added` that are left out of decoded text; the model's control and
+                unknown pieces always are.
+            legacy: see above.
+            add_bos: texts begin with `<s>`.
+            eos_token_ids: besides the model's own.
+        """
+        self._model = SentencePieceProcessor(model_proto=model)
+        self._plain = SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
+        self._legacy = legacy
+        self._add_bos = add_bos
+        self._guard_length = len(self._plain.encode(GUARD))
+        pieces = self._model.get_piece_size()
+        control = {
+            self._model.id_to_piece(i): i
+            for i in range(pieces)
+            if self._model.is_control(i) or self._model.is_unknown(i)
+        }
+        self._added = {**control, **(added or {})}
+        self._text_of_added = {i: token for token, i in self._added.items()}
+        self._skipped = {*control.values(), *(self._added[t] for t in special if t in self._added)}
+        self._num_pieces = pieces
+        self.vocab_size = max([pieces - 1, *self._added.values()]) + 1
+        self.bos_token_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        own_eos = [self._model.eos_id()] if self._model.eos_id() >= 0 else []
+        self.eos_token_ids = tuple(dict.fromkeys([*own_eos, *eos_token_ids]))
+        # Longest first: "<im_start>" must not be found as a shorter token inside it.
+        names = sorted(self._added, key=len, reverse=True)
+        self._at_added = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+
+    @classmethod
+    def load(
+        cls, folder: Path, config: JsonConfig, eos_token_ids: Sequence[int] = ()
+    ) -> SentencePieceTokenizer:
+        """
+        Args:
+            folder: holds `tokenizer.model`, and perhaps `added_tokens.json`.
+            config: its tokenizer_config.json, or an empty one.
+
+        Raises:
+            CheckpointError: a file cannot be read, or names ids that cannot be.
+        """
+        added, special = _added_tokens(folder, config)
+        try:
+            return cls(
+                (folder / SENTENCEPIECE_FILE).read_bytes(),
+                added=added,
+                special=special,
+                legacy=config.get("legacy", bool, True),
+                add_bos=config.get("add_bos_token", bool, True),
+                eos_token_ids=eos_token_ids,
+            )
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{SENTENCEPIECE_FILE} is not a readable SentencePiece model"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        bos = [self.bos_token_id] if self._add_bos and self.bos_token_id is not None else []
+        return bos + (self._encode_legacy(text) if self._legacy else self._encode_current(text))
+
+    def _encode_legacy(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._split(text):
+            ids += [self._added[piece]] if piece in self._added else self._model.encode(piece)
+        return ids
+
+    def _encode_current(self, text: str) -> list[int]:
+        if not text:
+            return []
+        pieces = self._split(SPACE + text.replace(SPACE, " "))
+        if pieces[0] == SPACE and len(pieces) > 1:
+            pieces = pieces[1:]  # a text that begins with an added token has no dummy prefix
+        ids: list[int] = []
+        for piece in pieces:
+            if piece in self._added:
+                ids.append(self._added[piece])
+            elif piece.startswith((SPACE, " ")):
+                ids += self._plain.encode(GUARD + piece)[self._guard_length :]
+            else:
+                ids += self._plain.encode(piece)
+        return ids
+
+    def _split(self, text: str) -> list[str]:
+        return [piece for piece in self._at_added.split(text) if piece]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        kept = [i for i in ids if not (skip_special_tokens and i in self._skipped)]
+        parts: list[str] = []
+        for is_piece, run in groupby(kept, key=self._is_piece):
+            if is_piece:
+                parts.append(self._model.decode(list(run)))
+            else:
+                parts += [self._text_of_added.get(i, "") for i in run]
+        return "".join(parts)
+
+    def _is_piece(self, token_id: int) -> bool:
+        return 0 <= token_id < self._num_pieces and token_id not in self._text_of_added
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        piece = int(self._model.piece_to_id(token))
+        return None if piece == self._model.unk_id() else piece
+
+
+def _added_tokens(folder: Path, config: JsonConfig) -> tuple[dict[str, int], list[str]]:
+    """(ids by token, the special ones), from either of the two files that may name them."""
+    added: dict[str, int] = {}
+    special: list[str] = []
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        listed = JsonConfig.read(path, path.name)
+        added |= {token: listed.require(token, int) for token in listed.values}
+        special += added
+    for number, entry in config.get("added_tokens_decoder", dict, {}).items():
+        token, token_id = _decoder_entry(config, number, entry)
+        added[token] = token_id
+        if entry.get("special", False):
+            special.append(token)
+        elif token in special:
+            special.remove(token)
+    if any(token_id < 0 for token_id in added.values()) or "" in added:
+        raise CheckpointError(f"{config.label}: added tokens must have a name and an id from 0 up")
+    return added, special
+
+
+def _decoder_entry(config: JsonConfig, number: Any, entry: Any) -> tuple[str, int]:
+    if not str(number).isdecimal() or not isinstance(entry, dict):
+        raise config.problem("added_tokens_decoder", "it must map ids to tokens' descriptions")
+    content = entry.get("content")
+    if not isinstance(content, str):
+        raise config.problem("added_tokens_decoder", f"token {number} has no content")
+    return content, int(number)

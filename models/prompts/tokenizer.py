@@ -1,0 +1,78 @@
+"""What the engine needs of a tokenizer, and which kind a checkpoint's folder holds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.json_config import JsonConfig
+from models.errors import CheckpointError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "LlamaTokenizerFast")
+"""Classes whose `tokenizer.model` is a SentencePiece model with Llama's added-token rules."""
+
+
+class Tokenizer(ABC):
+    """Safe to use from several threads at once.
+
+    Attributes:
+        vocab_size: one more than the largest token id, added tokens included.
+        bos_token_id: the token that `encode` puts first, where it puts one.
+        eos_token_ids: any of these ends an answer.
+    """
+
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that stands by itself: with the beginning-of-sequence token, where
+        the model was trained with one. Added tokens in the text ("</s>") become themselves."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids that are in no vocabulary are passed over. Bytes that make
+        no character are U+FFFD."""
+
+    @abstractmethod
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its exact name."""
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The model's own: SentencePiece where there is a `tokenizer.model`, since LLaVA's models were
+    trained with it and transformers' fast conversion gives other ids; AutoTokenizer otherwise.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer that can be read.
+    """
+    config = _optional(folder / "tokenizer_config.json")
+    eos = _generation_eos(folder)
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        kind = config.get("tokenizer_class", str, "")
+        if kind in SENTENCEPIECE_CLASSES:
+            from models.prompts.sentencepiece_ import SentencePieceTokenizer
+
+            return SentencePieceTokenizer.load(folder, config, eos)
+    from models.prompts.huggingface import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer.load(folder, eos)
+
+
+def _optional(path: Path) -> JsonConfig:
+    return JsonConfig.read(path, path.name) if path.is_file() else JsonConfig({}, path.name)
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    """Llama-3's models name their second end of turn in generation_config.json only."""
+    config = _optional(folder / "generation_config.json")
+    value = config.values.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(
+            f"{config.label}: eos_token_id is {value!r}; it must be a token id, or a list of them"
+        )
+    return tuple(ids)
