@@ -1,0 +1,106 @@
+"""What crosses the boundary between the callers' side and the engine's thread.
+
+Every message can be pickled, so that the engine can move into a process of its own behind the
+same interface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from models.engine.sampling_params import SamplingParams
+from models.errors import TinyChatError
+
+if TYPE_CHECKING:
+    from models.vision.preprocessing import PreparedImage
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one picture's embeddings stand in the prompt: `image.num_tokens` positions long."""
+
+    start: int
+    image: PreparedImage
+
+    @property
+    def end(self) -> int:
+        return self.start + self.image.num_tokens
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prepared request: tokenised, preprocessed and checked against the model's limits.
+
+    Attributes:
+        token_ids: the prompt; positions inside an `ImageSpan` hold IMAGE_TOKEN_ID.
+        images: the spans, in order, not overlapping.
+        deadline: `time.monotonic()` by which it must have left the waiting line, or None.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    images: tuple[ImageSpan, ...]
+    params: SamplingParams
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Take a request back, wherever it is: waiting, in prefill, in decode."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one request. Pictures count with every position that they occupy."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class GenerationDelta:
+    """What one request gained in one step.
+
+    Attributes:
+        text: the new text; all deltas' texts joined are the answer, and none is ever taken back.
+        token_ids: the new tokens, the one that ended the answer included.
+        finish_reason: set in the last delta only.
+        error: why `finish_reason` is "error" (or "abort").
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage = field(default_factory=Usage)
+    error: TinyChatError | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of what the engine holds; blocks_free + blocks_cached + blocks_used is total."""
+
+    num_running: int
+    num_waiting: int
+    max_num_seqs: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_used: int
+    block_size: int
+    image_cache_bytes: int
+    num_preemptions: int
+    num_steps: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    dead: bool

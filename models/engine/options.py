@@ -1,0 +1,46 @@
+"""How large the engine is. The names are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from models.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of the engine; `None` means "decide from the device and the model".
+
+    Attributes:
+        max_model_len: longest prompt plus answer, in tokens; default: the model's context.
+        max_num_seqs: how many requests run at a time; default 64 on a GPU, 8 on a CPU.
+        max_num_batched_tokens: tokens computed in one step at most, decodes included: the size of
+            a prefill chunk; default 2,048 on a GPU, 512 on a CPU.
+        block_size: tokens in a KV block.
+        gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache.
+        kv_cache_bytes: size of the KV cache; default on a GPU: what `gpu_memory_utilization`
+            leaves; on a CPU: `max_num_seqs` full contexts, at most a quarter of the free memory.
+        enable_prefix_caching: share the KV blocks of equal beginnings, pictures included.
+        image_cache_bytes: how many bytes of projected picture embeddings are kept for reuse.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    image_cache_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in {"image_cache_bytes", "enable_prefix_caching"} else 1e-9
+            if value is not None and value < least:
+                raise ConfigurationError(f"{field.name} is {value!r}; it must be positive")
+        if self.gpu_memory_utilization > 1:
+            raise ConfigurationError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; "
+                "it is a share of the GPU's memory and must be at most 1"
+            )

@@ -1,0 +1,79 @@
+"""Tokens -> text, a piece at a time, such that no piece ever has to be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"
+LONGEST_UTF8 = 4
+
+
+class Decodes(Protocol):
+    """The one thing needed of a tokenizer."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+
+class OutputText:
+    """The text of one answer as it grows.
+
+    Held back are bytes that do not yet make a character, and a tail that may become a stop
+    string. When a stop string is found the text ends before it and `stopped` is True.
+    """
+
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        # ids:  [ ..emitted.. | context | pending ]
+        #                     ^ _context  ^ _read
+        # A piece's text depends on the pieces before it (SentencePiece drops a leading space),
+        # so pending ids are decoded together with the last ones that have been read.
+        self._context = 0
+        self._read = 0
+        self._context_text = ""
+        self._held = ""
+        self.stopped = False
+
+    def append(self, token_id: int) -> str:
+        """Text that is new and final after this token; often "", while something is held back."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids[self._context :])
+        pending = len(self._ids) - self._read
+        if text.endswith(REPLACEMENT) and pending < LONGEST_UTF8:
+            return ""
+        return self._advance(text)
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come: what was held back in the hope of more."""
+        if self.stopped:
+            return ""
+        text = self._advance(self._tokenizer.decode(self._ids[self._context :]))
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._context_text) :]
+        self._context, self._read = self._read, len(self._ids)
+        self._context_text = self._tokenizer.decode(self._ids[self._context :])
+        return self._hold_back(new)
+
+    def _hold_back(self, new: str) -> str:
+        text = self._held + new
+        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest tail of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,106 @@
+"""A caller's prompt and pictures -> a GenerationRequest that the engine can run as it is.
+
+Everything that can be wrong with a request is found here, before it is queued; and all that is
+slow about it (tokenising, resizing) happens here, in the caller's or a pool's thread, off the
+event loop and off the engine's thread.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL.Image import Image
+
+from models.checkpoints import ModelSpec
+from models.engine.messages import GenerationRequest, ImageSpan
+from models.engine.sampling_params import SamplingParams
+from models.errors import InvalidRequest
+from models.prompts import IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
+from models.vision import ImagePreprocessor
+
+
+@dataclass(frozen=True)
+class RequestPreparer:
+    """Safe to call from several threads at once.
+
+    Attributes:
+        max_model_len: prompt and answer together, in tokens.
+        tinychat_prompt_rewrite: put TinyChat's backslash, "n" and space behind each picture.
+    """
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    preprocessor: ImagePreprocessor
+    max_model_len: int
+    tinychat_prompt_rewrite: bool = False
+
+    def prepare(
+        self,
+        prompt: str,
+        images: Sequence[Image],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        queue_timeout_s: float | None = None,
+    ) -> GenerationRequest:
+        """
+        Raises:
+            InvalidRequest: the prompt is not a string, does not fit into the context, or does not
+                have as many placeholders as there are pictures; a stop token is not in the
+                vocabulary.
+        """
+        if not isinstance(prompt, str):
+            raise InvalidRequest("prompt", f"is {type(prompt).__name__}; it must be a string")
+        for token in params.stop_token_ids:
+            if token >= self.tokenizer.vocab_size:
+                raise InvalidRequest(
+                    "stop_token_ids",
+                    f"{token} is outside of the vocabulary of {self.tokenizer.vocab_size} tokens",
+                )
+        # Counting comes first: a wrong request should not cost the preprocessing.
+        tokens = tokenize_prompt(
+            prompt,
+            self.tokenizer,
+            num_images=len(images),
+            prompt_spec=self.spec.prompt,
+            tinychat_prompt_rewrite=self.tinychat_prompt_rewrite,
+        )
+        self._check_length(len(tokens) + len(images) * (self.preprocessor.min_tokens - 1))
+        token_ids, spans = self._lay_out(tokens, images)
+        self._check_length(len(token_ids))
+        return GenerationRequest(
+            request_id=request_id or uuid.uuid4().hex,
+            token_ids=token_ids,
+            images=spans,
+            params=params,
+            deadline=None if queue_timeout_s is None else time.monotonic() + queue_timeout_s,
+        )
+
+    def _lay_out(
+        self, tokens: list[int], images: Sequence[Image]
+    ) -> tuple[list[int], tuple[ImageSpan, ...]]:
+        """Each placeholder becomes as many positions as its picture has tokens."""
+        remaining = iter(images)
+        token_ids: list[int] = []
+        spans: list[ImageSpan] = []
+        for token in tokens:
+            if token == IMAGE_TOKEN_ID:
+                prepared = self.preprocessor(next(remaining))
+                spans.append(ImageSpan(len(token_ids), prepared))
+                token_ids += [IMAGE_TOKEN_ID] * prepared.num_tokens
+            else:
+                token_ids.append(token)
+        return token_ids, tuple(spans)
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise InvalidRequest("prompt", "is empty; it must hold at least one token")
+        if num_tokens >= self.max_model_len:
+            raise InvalidRequest(
+                "prompt",
+                f"has {num_tokens} tokens, pictures included, but prompt and answer together "
+                f"must fit into the context of {self.max_model_len}; shorten it",
+            )

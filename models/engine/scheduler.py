@@ -1,0 +1,206 @@
+"""Who computes how many tokens in the next step.
+
+Requests wait in one line, first come first served, and run at most `max_num_seqs` at a time. A
+step's budget of tokens goes to the running decodes first (one token each), then to prompts, cut
+into chunks, so that a long prompt never stalls the streams. When the KV cache runs short the
+youngest running request gives its blocks back and is computed again later; none is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from models.engine.block_pool import BlockPool
+from models.engine.messages import FinishReason, GenerationDelta
+from models.engine.sequence import Sequence
+from models.errors import EngineFault, RequestTimeout, TinyChatError
+
+INVALID_TOKEN = -1
+"""What the sampler returns for a row whose logits are not numbers."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `end` of one sequence, to be computed in one step."""
+
+    seq: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next token comes out of it: it reaches the end of what is known."""
+        return self.end == len(self.seq.token_ids)
+
+
+@dataclass
+class Batch:
+    """The chunks of one step: single tokens first, longer prompt chunks after them."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def sampling(self) -> list[Chunk]:
+        return [chunk for chunk in self.chunks if chunk.samples]
+
+
+class Scheduler:
+    """Owns the waiting line, the running list and the block pool."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        # Every running decode must fit into a step.
+        self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def find(self, request_id: str) -> Sequence | None:
+        for seq in (*self.running, *self.waiting):
+            if seq.request_id == request_id:
+                return seq
+        return None
+
+    def expire(self, now: float) -> list[GenerationDelta]:
+        """Ends the requests that have waited past their deadline and never ran."""
+        late = [s for s in self.waiting if s.deadline is not None and s.deadline <= now]
+        error = RequestTimeout("the request waited too long for its turn; the server is busy")
+        return [self.finish(seq, "error", error=error) for seq in late]
+
+    def schedule(self) -> Batch:
+        """Chooses the next step's chunks and gives them their KV blocks."""
+        batch = Batch()
+        budget = self.max_num_batched_tokens
+        preempted = self.num_preemptions
+        for seq in [s for s in self.running if s.num_uncomputed == 1]:
+            if seq in self.running and self._grow(seq):
+                batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + 1))
+                budget -= 1
+        scheduled = {id(chunk.seq) for chunk in batch.chunks}
+        for seq in self.running:
+            if id(seq) not in scheduled and budget > 0:
+                budget -= self._schedule_prompt(seq, budget, batch)
+        if self.num_preemptions == preempted:
+            while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+                budget -= self._schedule_prompt(self.running[-1], budget, batch)
+        batch.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)
+        return batch
+
+    def commit(self, batch: Batch, tokens: list[int]) -> list[GenerationDelta]:
+        """Books a computed batch, with the token sampled for each of `batch.sampling`."""
+        sampling = batch.sampling
+        for chunk in batch.chunks:
+            chunk.seq.num_computed = chunk.end
+            self._remember_full_blocks(chunk.seq)
+        return [self._append(chunk.seq, token) for chunk, token in zip(sampling, tokens, strict=True)]
+
+    def finish(
+        self, seq: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = (),
+        error: TinyChatError | None = None,
+    ) -> GenerationDelta:  # fmt: skip
+        """The one way out: frees everything that the sequence holds, wherever it is."""
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self.pool.release(seq.block_table)
+        usage = seq.usage
+        seq.forget_computed()
+        return GenerationDelta(seq.request_id, text, token_ids, reason, usage, error)
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity(seq.block_table for seq in self.running)
+        if any(seq.block_table for seq in self.waiting):
+            raise AssertionError("a waiting sequence holds KV blocks")
+
+    def _schedule_prompt(self, seq: Sequence, budget: int, batch: Batch) -> int:
+        """Appends the next chunk of a prompt, whose blocks it has had since its admission."""
+        size = min(seq.num_uncomputed, budget)
+        batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + size))
+        return size
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Moves the first waiting sequence to the running ones if slot and blocks are there."""
+        if len(self.running) >= self.max_num_seqs:
+            return False
+        # The last token is computed in any case, since its logits choose the next one.
+        matched = self.pool.match(seq.prefix, seq.token_ids, len(seq.token_ids) - 1)
+        num_new = self.pool.blocks_for(len(seq.token_ids)) - len(matched)
+        if not self.pool.can_allocate(num_new, matched):
+            return False
+        self.pool.take(matched)
+        seq.block_table = matched + self.pool.allocate(num_new)
+        seq.num_known_blocks = len(matched)
+        seq.num_computed = len(matched) * self.pool.block_size
+        if seq.num_output_tokens == 0:
+            seq.num_cached = seq.num_computed
+            self.prefix_query_tokens += seq.num_prompt_tokens
+            self.prefix_hit_tokens += seq.num_computed
+        self.waiting.popleft()
+        self.running.append(seq)
+        return True
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Makes room for the sequence's next token, at the expense of younger ones if need be.
+
+        Returns False if the sequence itself was the youngest and had to give way.
+        """
+        while self.pool.blocks_for(len(seq.token_ids)) > len(seq.block_table):
+            if self.pool.can_allocate(1):
+                seq.block_table += self.pool.allocate(1)
+            else:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.pool.release(seq.block_table)
+        seq.forget_computed()
+        seq.deadline = None  # it has had its turn; from now on it only may not be dropped
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _remember_full_blocks(self, seq: Sequence) -> None:
+        for index in range(seq.num_known_blocks, seq.num_computed // self.pool.block_size):
+            self.pool.remember(seq.block_table[index], *seq.prefix.block(index, seq.token_ids))
+            seq.num_known_blocks = index + 1
+
+    def _append(self, seq: Sequence, token: int) -> GenerationDelta:
+        """Books one sampled token: its text, and whether it ends the answer."""
+        if token == INVALID_TOKEN:
+            fault = EngineFault("the model's output is not a number for this input")
+            return self.finish(seq, "error", error=fault)
+        seq.token_ids.append(token)
+        is_eos = token in self.eos_token_ids and not seq.params.ignore_eos
+        if is_eos or token in seq.params.stop_token_ids:
+            return self.finish(seq, "stop", seq.text.finish(), (token,))
+        text = seq.text.append(token)
+        if seq.text.stopped:
+            return self.finish(seq, "stop", text, (token,))
+        if len(seq.token_ids) >= seq.max_len:
+            text += seq.text.finish()
+            return self.finish(seq, "stop" if seq.text.stopped else "length", text, (token,))
+        return GenerationDelta(seq.request_id, text, (token,), usage=seq.usage)

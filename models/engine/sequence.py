@@ -1,0 +1,76 @@
+"""One request as the engine runs it: its tokens, its place in the KV cache, its text so far."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import torch
+
+from models.engine.block_pool import Prefix
+from models.engine.messages import GenerationRequest, Usage
+from models.engine.output_text import Decodes, OutputText
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Sequence:
+    """Mutable state of one request inside the engine. Only the engine's thread touches it.
+
+    token_ids:   [ prompt, pictures as IMAGE_TOKEN_ID | output ]
+                   ^0            ^num_computed          ^len
+                 in the KV cache | to be computed
+    """
+
+    def __init__(
+        self, request: GenerationRequest, tokenizer: Decodes, block_size: int, max_len: int
+    ) -> None:
+        self.request_id = request.request_id
+        self.params = request.params
+        self.images = request.images
+        self.deadline = request.deadline
+        self.token_ids = list(request.token_ids)
+        self.num_prompt_tokens = len(request.token_ids)
+        self.max_len = min(max_len, self.num_prompt_tokens + request.params.max_new_tokens)
+        self.num_computed = 0
+        self.num_cached = 0
+        """Prompt tokens that the prefix cache held when the request was first admitted."""
+        self.block_table: list[int] = []
+        self.num_known_blocks = 0
+        self.prefix = Prefix(block_size, request.images)
+        self.text = OutputText(tokenizer, request.params.stop)
+        self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
+        self.image_embeddings: dict[int, Tensor] = {}
+        """Projected embeddings by index of `images`, held while the prefill still needs them."""
+        self._seen: Tensor | None = None
+        self._num_seen = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.num_prompt_tokens, self.num_output_tokens, self.num_cached)
+
+    def forget_computed(self) -> None:
+        """Back to nothing computed: its blocks have been given back."""
+        self.num_computed = 0
+        self.num_known_blocks = 0
+        self.block_table = []
+        self.image_embeddings.clear()
+
+    def seen_tokens(self, vocab_size: int, device: torch.device) -> Tensor:
+        """(vocab_size,) bool: which tokens the prompt and the output hold; for the penalty."""
+        if self._seen is None:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        new = [t for t in self.token_ids[self._num_seen :] if 0 <= t < vocab_size]
+        if new:
+            self._seen[torch.tensor(new, device=device)] = True
+        self._num_seen = len(self.token_ids)
+        return self._seen
