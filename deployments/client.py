@@ -1,0 +1,120 @@
+"""Ask a worker about a picture, from the terminal.
+
+    python -m deployments.client picture.png "What is in this image?"
+
+Speaks the worker protocol with `requests` alone: a template to copy for a client of one's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import requests
+
+from models.prompts.templates import TEMPLATES, get_template
+
+IMAGE_PLACEHOLDER = "<image>"
+TIMEOUT_S = (5, 60)
+"""To connect; between two records. A worker sends a sign of life every few seconds."""
+
+
+class WorkerError(Exception):
+    """The worker answered with an error record, or not at all."""
+
+
+def ask(
+    url: str,
+    prompt: str,
+    images: Sequence[bytes] = (),
+    *,
+    model: str = "",
+    temperature: float = 0.2,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+) -> Iterator[str]:
+    """Yields the answer's pieces as they come.
+
+    Args:
+        url: the worker's address, "http://localhost:21002".
+        prompt: with one `<image>` for each picture.
+        images: the pictures' files as they are.
+        model: its name; only a controller in between needs it.
+
+    Raises:
+        WorkerError: the worker cannot be reached, or says what is wrong.
+    """
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "images": [base64.b64encode(image).decode("ascii") for image in images],
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+    }
+    shown = len(prompt)
+    try:
+        with requests.post(
+            f"{url.rstrip('/')}/worker_generate_stream", json=body, stream=True, timeout=TIMEOUT_S
+        ) as response:
+            if response.status_code != requests.codes.ok:
+                raise WorkerError(f"{url} answered {response.status_code}: {response.text[:200]}")
+            for chunk in response.iter_lines(decode_unicode=False, delimiter=b"\0"):
+                if not chunk:
+                    continue
+                record = json.loads(chunk.decode())
+                if record["error_code"] != 0:
+                    raise WorkerError(f"{record['text']} (error_code: {record['error_code']})")
+                if len(record["text"]) > shown:
+                    yield record["text"][shown:]
+                    shown = len(record["text"])
+    except requests.RequestException as error:
+        raise WorkerError(f"no answer from {url}: {type(error).__name__}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.client", description="Ask a worker about a picture."
+    )
+    parser.add_argument("image", type=Path, help="a PNG, JPEG, WebP, ... file")
+    parser.add_argument("question", help="what to ask about it")
+    parser.add_argument("--url", default="http://localhost:21002", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.2, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument(
+        "--template",
+        choices=list(TEMPLATES),
+        default="vicuna_v1",
+        help="the conversation format that the model was trained with; default: %(default)s",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        picture = options.image.read_bytes()
+    except OSError as error:
+        print(f"{options.image}: {error.strerror}", file=sys.stderr)
+        return 1
+    question = options.question
+    if IMAGE_PLACEHOLDER not in question:
+        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    try:
+        for piece in ask(
+            options.url,
+            get_template(options.template).render(question),
+            [picture],
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+        ):
+            print(piece, end="", flush=True)
+    except WorkerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

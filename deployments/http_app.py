@@ -1,0 +1,57 @@
+"""The FastAPI application in front of one ModelWorker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+
+from deployments.model_worker import ModelWorker
+from deployments.worker_api import worker_routes
+from models.errors import EngineDead
+
+
+def build_http_app(worker: ModelWorker) -> FastAPI:
+    """The routes of `worker`; when the application shuts down, so does the worker."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await worker.close()
+
+    app = FastAPI(
+        title="tinychat-serve",
+        description=f"{worker.model_name}, behind TinyChat's worker protocol.",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+
+    @app.get("/")
+    async def index() -> dict[str, Any]:
+        """What is served here."""
+        return {
+            "service": "tinychat-serve",
+            "model": worker.model_name,
+            "routes": {
+                "POST /worker_generate_stream": "answers, in null-terminated JSON records",
+                "POST /worker_get_status": "model, speed, queue length",
+                "GET /health": "200 while requests are answered",
+                "GET /openapi.json": "the description of these routes",
+            },
+        }
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """200 while the engine runs, else 503."""
+        try:
+            worker.check_health()
+        except EngineDead as error:
+            return JSONResponse({"status": "dead", "reason": str(error)}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    app.include_router(worker_routes(worker))
+    return app

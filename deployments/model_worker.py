@@ -1,0 +1,160 @@
+"""ModelWorker: an engine and a door, and the worker protocol's four methods on top of them.
+
+Nothing here knows of Ray; `replica.py` puts it there. All methods run on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from deployments.config import AppConfig
+from deployments.door import Door
+from deployments.media import ImageDecoder, ImageLimits
+from deployments.pacing import paced
+from deployments.records import error_record, frame, text_record
+from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest
+from models import GenerationDelta, Usage
+from models.errors import EngineFault
+
+if TYPE_CHECKING:
+    from models import Engine
+
+logger = logging.getLogger("ray.serve")
+
+PROMPT_CHARS_PER_TOKEN = 64
+"""No tokeniser packs more into a token on average; longer prompts are refused untokenised."""
+
+
+class ModelWorker:
+    """Answers requests with one engine. The names of its methods are the upstream worker's."""
+
+    def __init__(self, config: AppConfig, model_name: str, engine: Engine, door: Door) -> None:
+        """
+        Args:
+            model_name: as registered, `-4bit-AWQ` included.
+        """
+        self.config = config
+        self.model_name = model_name
+        self.engine = engine
+        self.door = door
+        self._limits = RequestLimits(
+            default_max_new_tokens=config.default_max_new_tokens,
+            max_new_tokens_cap=config.max_new_tokens_cap,
+            max_images=config.max_images,
+            max_prompt_chars=PROMPT_CHARS_PER_TOKEN * engine.context_length,
+        )
+        self._decoder = ImageDecoder(
+            ImageLimits(
+                max_bytes=config.max_image_bytes,
+                max_pixels=config.max_image_pixels,
+                max_side=config.max_image_side,
+                max_request_pixels=config.max_request_pixels,
+            )
+        )
+
+    async def generate_stream(self, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Answers one request of the worker protocol, as records of cumulative text.
+
+        The first record comes at once and holds the prompt alone; while nothing new comes, the
+        last one is repeated. Closing the iterator gives the request up and frees its place.
+
+        Args:
+            params: the request's JSON, as it came.
+
+        Raises:
+            TinyChatError: whatever is wrong with the request, the queue or the engine.
+        """
+        request = WorkerRequest.parse(params, self._limits)
+        with self.door.enter():
+            text = request.prompt if request.echo else ""
+            if request.params.max_new_tokens > 0:
+                yield text_record(text, Usage())
+            updates = paced(
+                partial(self._start, request),
+                min_interval_s=1 / self.config.max_records_per_s,
+                sign_of_life_s=self.config.sign_of_life_s,
+            )
+            async with aclosing(updates):  # type: ignore[type-var]
+                async for update in updates:
+                    if request.params.max_new_tokens == 0 and update.finish_reason is None:
+                        continue  # the whole answer is one record, with the prompt
+                    text += update.text
+                    yield text_record(text, update.usage, update.finish_reason)
+
+    async def generate_stream_gate(self, params: Any) -> AsyncIterator[bytes]:
+        """`generate_stream` as bytes, each record with its zero byte, errors made into records."""
+        try:
+            async with aclosing(self.generate_stream(params)) as records:  # type: ignore[type-var]
+                async for record in records:
+                    yield frame(record)
+        except Exception as error:
+            yield frame(error_record(error))
+
+    def get_status(self) -> dict[str, Any]:
+        """What controllers ask for."""
+        return {
+            "model_names": [self.model_name],
+            "speed": 1,
+            "queue_length": self.get_queue_length(),
+        }
+
+    def get_queue_length(self) -> int:
+        """Requests running and waiting."""
+        return self.door.count
+
+    def get_stats(self) -> dict[str, Any]:
+        """The engine's figures, and the door's."""
+        return {
+            **asdict(self.engine.stats()),
+            "queue_length": self.door.count,
+            "queue_limit": self.door.limit,
+        }
+
+    def check_health(self) -> None:
+        """Raises EngineDead once the engine can answer no more; quick, since it gates liveness."""
+        self.engine.check_health()
+
+    async def warm_up(self) -> None:
+        """Takes one tiny picture and two tokens through everything that a request goes through.
+
+        The picture is left out where pictures are not allowed.
+
+        Raises:
+            EngineFault: it was not answered, so no request would be.
+        """
+        picture = io.BytesIO()
+        Image.new("RGB", (32, 32), (127, 127, 127)).save(picture, "PNG")
+        last: dict[str, Any] = {}
+        images = [base64.b64encode(picture.getvalue()).decode("ascii")][: self.config.max_images]
+        params = {
+            "prompt": f"{IMAGE_PLACEHOLDER}\n" * len(images) + "What is this?",
+            "images": images,
+            "max_new_tokens": 2,
+            "temperature": 0,
+        }
+        async with aclosing(self.generate_stream(params)) as records:  # type: ignore[type-var]
+            async for record in records:
+                last = record
+        if last.get("finish_reason") is None:
+            raise EngineFault(f"the model did not finish its first answer: {last}")
+
+    async def close(self) -> None:
+        """Ends what runs, and the engine."""
+        self._decoder.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+
+    async def _start(self, request: WorkerRequest) -> AsyncIterator[GenerationDelta]:
+        images = await self._decoder.decode(request.images)
+        return self.engine.stream(
+            request.prompt, images, request.params, queue_timeout_s=self.config.queue_timeout_s
+        )

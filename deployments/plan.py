@@ -1,0 +1,104 @@
+"""AppConfig and the cluster -> what to ask Ray for, or why it cannot work.
+
+Whatever can be found wrong before a replica starts is found here: an error in the builder is one
+message, one in a replica is a stack trace that Ray Serve prints at every retry.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deployments.cluster import Cluster
+from deployments.config import AppConfig
+from deployments.door import max_ongoing_requests
+from deployments.model_source import registered_name, resolve_model, resolve_quant
+from models.errors import ConfigurationError, TinyChatError
+
+logger = logging.getLogger("ray.serve")
+
+MAX_NUM_SEQS = {"cuda": 64, "cpu": 8}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a replica of the application is.
+
+    Attributes:
+        model_path: an absolute path, or a Hub id.
+        model_name: as registered.
+        num_cpus, num_gpus: what Ray is asked for, for each replica. `ray_actor_options` in the
+            YAML's `deployments:` section overrides them.
+        max_ongoing_requests: Serve's limit for each replica; may be overridden there too.
+    """
+
+    model_path: str
+    quant_path: str | None
+    model_name: str
+    device: Literal["cuda", "cpu"]
+    num_cpus: int
+    num_gpus: int
+    max_num_seqs: int
+    max_waiting: int
+    max_ongoing_requests: int
+
+
+def make_plan(config: AppConfig, cluster: Cluster) -> Plan:
+    """
+    Raises:
+        ConfigurationError: the configuration cannot work on this cluster, or with these files.
+    """
+    device = choose_device(config, cluster)
+    model_path = resolve_model(config.model_path, elsewhere=cluster.grows)
+    quant_path = resolve_quant(config.quant_path)
+    if Path(model_path).is_dir():
+        check_checkpoint(config, model_path, quant_path)
+    max_num_seqs = config.running_limit or MAX_NUM_SEQS[device]
+    return Plan(
+        model_path=model_path,
+        quant_path=quant_path,
+        model_name=registered_name(config.model_path, config.model_name, config.precision),
+        device=device,
+        num_cpus=cluster.cpus_per_gpu if device == "cuda" else cluster.cpus,
+        num_gpus=1 if device == "cuda" else 0,
+        max_num_seqs=max_num_seqs,
+        max_waiting=config.max_waiting,
+        max_ongoing_requests=max_ongoing_requests(max_num_seqs, config.max_waiting),
+    )
+
+
+def choose_device(config: AppConfig, cluster: Cluster) -> Literal["cuda", "cpu"]:
+    """
+    Raises:
+        ConfigurationError: a GPU is asked for where there is none and none can come.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not cluster.has_gpu):
+        return "cpu"
+    if not cluster.has_gpu:
+        if not cluster.grows:
+            raise ConfigurationError(
+                "device is cuda, but this machine has no GPU that Ray can see, and it is the only "
+                "node; use device: cpu or auto, or add a node with a GPU to the cluster first"
+            )
+        logger.warning(
+            "device is cuda and no node has a GPU yet: the cluster is asked for one (num_gpus: 1), "
+            "and replicas wait until it has come. Nothing is served until then."
+        )
+    return "cuda"
+
+
+def check_checkpoint(config: AppConfig, model_path: str, quant_path: str | None) -> None:
+    """Opens the checkpoint's headers: no weights are read.
+
+    Raises:
+        ConfigurationError: it cannot be served as the configuration says.
+    """
+    # Only now, since it imports torch.
+    from models.checkpoints import open_checkpoint
+
+    try:
+        open_checkpoint(model_path, quant_path, config.precision)
+    except TinyChatError as error:
+        raise ConfigurationError(str(error)) from error

@@ -1,0 +1,74 @@
+"""The worker protocol's records: JSON objects, each followed by a zero byte.
+
+`text` is cumulative and begins with the caller's prompt unless it asked for `echo: false`.
+`error_code` is 0; a record with another one is the last of its stream, and its `text` is shown to
+the user. TinyChat's and LLaVA's workers know one code, 1, for everything that goes wrong in a
+worker, and their clients only tell it from 0; so it stays 1, and `error_type` tells causes apart.
+`usage` and `finish_reason` are FastChat's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from typing import Any
+
+from models import Usage
+from models.errors import (
+    EngineDead,
+    EngineFault,
+    EngineOverloaded,
+    InvalidRequest,
+    RequestAborted,
+    RequestTimeout,
+    TinyChatError,
+)
+
+logger = logging.getLogger("ray.serve")
+
+ERROR_CODE = 1
+ERROR_TYPES: dict[type[TinyChatError], str] = {
+    InvalidRequest: "invalid_request",
+    EngineOverloaded: "overloaded",
+    RequestTimeout: "timeout",
+    RequestAborted: "aborted",
+    EngineFault: "engine",
+    EngineDead: "engine_dead",
+}
+
+
+def text_record(text: str, usage: Usage, finish_reason: str | None = None) -> dict[str, Any]:
+    return {
+        "text": text,
+        "error_code": 0,
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+        },
+        "finish_reason": finish_reason,
+    }
+
+
+def error_record(error: Exception) -> dict[str, Any]:
+    """What the client is told. Errors that nobody meant to raise are logged and not described:
+    their text may hold paths, addresses or another user's words."""
+    kind = next((name for type_, name in ERROR_TYPES.items() if isinstance(error, type_)), None)
+    if kind is None:
+        reference = uuid.uuid4().hex[:12]
+        logger.error("request failed, reference %s", reference, exc_info=error)
+        text = (
+            f"internal error: the request could not be answered; the server's log has the cause "
+            f"under {reference}"
+        )
+        return {"text": text, "error_code": ERROR_CODE, "error_type": "internal"}
+    record = {"text": str(error), "error_code": ERROR_CODE, "error_type": kind}
+    if isinstance(error, InvalidRequest):
+        record["error_field"] = error.field
+    return record
+
+
+def frame(record: dict[str, Any]) -> bytes:
+    """One record on the wire."""
+    return json.dumps(record).encode("ascii") + b"\0"
