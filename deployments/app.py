@@ -23,7 +23,6 @@ def build(args: AppConfig) -> serve.Application:
     """
     plan = make_plan(args, Cluster.look())
     deployment = serve.deployment(
-        serve.ingress()(ModelReplica),
         name=DEPLOYMENT_NAME,
         ray_actor_options={"num_cpus": plan.num_cpus, "num_gpus": plan.num_gpus},
         max_ongoing_requests=plan.max_ongoing_requests,
@@ -32,4 +31,4 @@ def build(args: AppConfig) -> serve.Application:
         health_check_period_s=5,
         health_check_timeout_s=30,
     )
-    return deployment.bind(args, plan)
+    return deployment(serve.ingress()(ModelReplica)).bind(args, plan)

@@ -54,7 +54,7 @@ class ModelReplica(ModelWorker):
         described = ", ".join(f"{key} {value}" for key, value in engine.description().items())
         logger.info("%s is ready: %s", plan.model_name, described)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Ray Serve's name
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self)
 
 

@@ -50,8 +50,8 @@ def load_engine(
         quant_path: the AWQ weights, a file or a folder; by default found in `model_path`.
         precision: "W4A16" (AWQ weights) or "W16A16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is the checkpoint's
-            own on a GPU, and bfloat16 on a CPU, whose 4-bit kernels are fast in it only.
+        dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
+            and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
         num_threads: of the CPU; default: the cores that this process may use.
         engine_options: see `EngineOptions`.
 
@@ -139,7 +139,10 @@ def _device(device: str) -> torch.device:
 
 def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     if dtype == "auto":
-        if device.type == "cpu":
+        # torch's 4-bit products are fast in bfloat16, or have no other type at all.
+        if device.type == "cpu" or (
+            checkpoint.spec.precision == "W4A16" and torch.cuda.is_bf16_supported()
+        ):
             return torch.bfloat16
         stored = checkpoint.language.get("model.norm.weight").dtype
         return stored if stored in {torch.float16, torch.bfloat16} else torch.float16

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from models.json_config import JsonConfig
 from models.checkpoints.layouts import LAYOUTS, Request
 from models.checkpoints.locations import locate
 from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
 from models.errors import CheckpointError, ConfigurationError
+from models.json_config import JsonConfig
 
 
 def open_checkpoint(

@@ -10,10 +10,10 @@ from typing import Literal, cast
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from models.json_config import JsonConfig
 from models.checkpoints.spec import PreprocessingSpec, VisionSpec
 from models.checkpoints.tensor_files import label_of
 from models.errors import CheckpointError
+from models.json_config import JsonConfig
 from models.registry import Registry
 
 

@@ -152,7 +152,8 @@ class WeightSource:
             problems += self._misfit_quantized(linear, n, k)
             known |= {f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES}
         problems += [
-            f"{self._stored(name)} in {self.file_of(name)} is left over: the model has no such tensor"
+            f"{self._stored(name)} in {self.file_of(name)} is left over: "
+            "the model has no such tensor"
             for name in sorted(self._places.keys() - known)
         ]
         self._raise(problems)

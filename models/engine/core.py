@@ -60,7 +60,9 @@ class EngineCore:
         seq = self.scheduler.find(request_id)
         if seq is None:
             return []
-        return [self.scheduler.finish(seq, "abort", error=RequestAborted("the request was aborted"))]
+        return [
+            self.scheduler.finish(seq, "abort", error=RequestAborted("the request was aborted"))
+        ]
 
     @torch.inference_mode()
     def step(self) -> list[GenerationDelta]:
@@ -76,7 +78,9 @@ class EngineCore:
 
     def fail_running(self, error: Exception) -> list[GenerationDelta]:
         """After a step that raised: ends what was running, frees it all, keeps those waiting."""
-        fault = EngineFault(f"the engine failed while computing this request: {type(error).__name__}")
+        fault = EngineFault(
+            f"the engine failed while computing this request: {type(error).__name__}"
+        )
         return [
             self.scheduler.finish(seq, "error", error=fault) for seq in list(self.scheduler.running)
         ]

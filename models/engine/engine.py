@@ -1,11 +1,11 @@
 """The engine as its callers see it, and the one thread that runs every step.
 
-    callers (any thread, any event loop)            engine thread
-    ------------------------------------            -------------
-    prepare() in a pool ──GenerationRequest──┐
-    cancel / abort() ─────────────Abort──────┴─> inbox ─> core.add / core.abort
-                                                          core.step()
-    iterator <── queue <── GenerationDelta ──────────────  deliver: one wake-up per loop and step
+callers (any thread, any event loop)            engine thread
+------------------------------------            -------------
+prepare() in a pool ──GenerationRequest──┐
+cancel / abort() ─────────────Abort──────┴─> inbox ─> core.add / core.abort
+                                                      core.step()
+iterator <── queue <── GenerationDelta ──────────────  deliver: one wake-up per loop and step
 """
 
 from __future__ import annotations
@@ -51,8 +51,13 @@ class Engine:
     """A loaded model that answers many requests at once. Build it with `models.load_engine`."""
 
     def __init__(
-        self, core: EngineCore, preparer: RequestPreparer, *, num_threads: int, description: dict[str, str]
-    ) -> None:  # fmt: skip
+        self,
+        core: EngineCore,
+        preparer: RequestPreparer,
+        *,
+        num_threads: int,
+        description: dict[str, str],
+    ) -> None:
         self._core = core
         self._preparer = preparer
         self._num_threads = num_threads
@@ -185,7 +190,7 @@ class Engine:
         self._wake.set()
 
     def stats(self) -> EngineStats:
-        """A snapshot from another thread: each figure is right, together they may be a step apart."""
+        """A snapshot from another thread: each figure right, together perhaps a step apart."""
         return self._core.stats(dead=self._stopped is not None)
 
     def check_health(self) -> None:
@@ -221,8 +226,10 @@ class Engine:
         self._wake.set()
 
     def _deliver(self, deltas: list[GenerationDelta]) -> None:
-        """Hands each delta to its request's queue; one wake-up per event loop, whatever the batch."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Any, GenerationDelta]]] = defaultdict(list)
+        """Hands each delta to its request's queue; one wake-up per event loop and step."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Any, GenerationDelta]]] = defaultdict(
+            list
+        )
         for delta in deltas:
             ended = delta.finish_reason is not None
             with self._lock:

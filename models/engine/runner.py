@@ -41,7 +41,9 @@ class ModelRunner:
             for index, span in enumerate(chunk.seq.images):
                 first, last = max(chunk.start, span.start), min(chunk.end, span.end)
                 if first < last:
-                    picture = chunk.seq.image_embeddings[index][first - span.start : last - span.start]
+                    picture = chunk.seq.image_embeddings[index][
+                        first - span.start : last - span.start
+                    ]
                     at = row + first - chunk.start
                     embeddings[at : at + last - first] = picture.to(embeddings.dtype)
                 if span.end <= chunk.end:

@@ -112,7 +112,9 @@ class Scheduler:
         for chunk in batch.chunks:
             chunk.seq.num_computed = chunk.end
             self._remember_full_blocks(chunk.seq)
-        return [self._append(chunk.seq, token) for chunk, token in zip(sampling, tokens, strict=True)]
+        return [
+            self._append(chunk.seq, token) for chunk, token in zip(sampling, tokens, strict=True)
+        ]
 
     def finish(
         self, seq: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = (),

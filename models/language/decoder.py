@@ -52,9 +52,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: AttentionBatch
     ) -> Tensor:
         kv_size = self.num_kv_heads * self.head_dim
-        q, k, v = self.qkv_proj(x).split(
-            [self.num_heads * self.head_dim, kv_size, kv_size], dim=-1
-        )
+        q, k, v = self.qkv_proj(x).split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
         q = rotate(q.unflatten(-1, (self.num_heads, self.head_dim)), *rotation)
         k = rotate(k.unflatten(-1, (self.num_kv_heads, self.head_dim)), *rotation)
         v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))

@@ -28,7 +28,11 @@ class KVCacheShape:
     @classmethod
     def of(cls, config: PreTrainedConfig, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         return cls(
-            config.num_hidden_layers, config.num_key_value_heads, head_dim(config), block_size, dtype
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            head_dim(config),
+            block_size,
+            dtype,
         )
 
     @property

@@ -1,10 +1,10 @@
 """A client's prompt -> the model's tokens: tokenizers, picture placeholders, templates.
 
-    tokenizer.py        what the engine needs of a tokenizer, and which kind a folder holds
-    sentencepiece_.py   Llama's own (`tokenizer.model`), as transformers' slow class had it
-    huggingface.py      everything else, through AutoTokenizer
-    placeholders.py     `<image>` in a prompt -> IMAGE_TOKEN_ID among its tokens
-    templates.py        the conversation formats that models were trained with
+tokenizer.py        what the engine needs of a tokenizer, and which kind a folder holds
+sentencepiece_.py   Llama's own (`tokenizer.model`), as transformers' slow class had it
+huggingface.py      everything else, through AutoTokenizer
+placeholders.py     `<image>` in a prompt -> IMAGE_TOKEN_ID among its tokens
+templates.py        the conversation formats that models were trained with
 """
 
 from __future__ import annotations

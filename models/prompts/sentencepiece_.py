@@ -23,8 +23,8 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from models.json_config import JsonConfig
 from models.errors import CheckpointError
+from models.json_config import JsonConfig
 from models.prompts.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"

@@ -113,8 +113,7 @@ for _template in (
         system="You are a helpful language and vision assistant. You are able to understand the "
         "visual content that the user provides, and assist the user with a variety of tasks "
         "using natural language.",
-        opening="<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "{system}<|eot_id|>",
+        opening="<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
         user="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
         assistant="<|start_header_id|>assistant<|end_header_id|>\n\n{text}<|eot_id|>",
         reply="<|start_header_id|>assistant<|end_header_id|>\n\n",

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.json_config import JsonConfig
 from models.errors import CheckpointError
+from models.json_config import JsonConfig
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "LlamaTokenizerFast")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from models.checkpoints.spec import VisionSpec
 
@@ -20,7 +20,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        model_class = CLIPVisionModel if _is_clip(spec) else SiglipVisionModel
+        model_class: type[PreTrainedModel] = (
+            CLIPVisionModel if _is_clip(spec) else SiglipVisionModel
+        )
         whole: nn.Module = model_class(spec.config)
         config = copy.deepcopy(spec.config)
         config.num_hidden_layers = layers_needed(spec)

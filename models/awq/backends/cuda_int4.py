@@ -29,7 +29,8 @@ nibble order is off by the product's own size."""
 
 
 class CudaInt4(Backend):
-    """Buffers: weight (N / 8, K / 128, 32, 4) int32 in tinygemm's order; scale_offset (K / G, N, 2)."""
+    """Buffers: weight (N / 8, K / 128, 32, 4) int32 in tinygemm's order; scale_offset (K / G, N, 2)
+    bf16."""
 
     def unsupported(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda" or dtype != torch.bfloat16:

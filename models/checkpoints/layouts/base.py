@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.json_config import JsonConfig
 from models.checkpoints.locations import Location, find_awq_file
 from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
 from models.checkpoints.tensor_files import TensorStore
 from models.checkpoints.weight_source import WeightSource
 from models.errors import CheckpointError
+from models.json_config import JsonConfig
 
 
 @dataclass(frozen=True)

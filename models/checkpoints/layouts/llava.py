@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from models.json_config import JsonConfig
 from models.checkpoints.language_config import context_length, read_language_config
 from models.checkpoints.layouts.base import (
     Layout,
@@ -25,6 +24,7 @@ from models.checkpoints.tensor_files import (
 )
 from models.checkpoints.vision_config import read_vision
 from models.checkpoints.weight_source import WeightSource
+from models.json_config import JsonConfig
 
 PROJECTOR = re.compile(r"model\.mm_projector\.(?P<own>.+)")
 TOWER = re.compile(r"model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(?P<own>.+)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from models.json_config import JsonConfig
 from models.checkpoints.language_config import (
     context_length,
     extend_context,
@@ -28,6 +27,7 @@ from models.checkpoints.template_choice import choose_template
 from models.checkpoints.tensor_files import TensorStore, label_of, open_folder
 from models.checkpoints.vision_config import read_vision
 from models.checkpoints.weight_source import WeightSource
+from models.json_config import JsonConfig
 
 LLM = re.compile(r"(?:llm\.)?(?P<own>.+)")
 TOWER = re.compile(r"(?:vision_tower\.)?(?:vision_model\.)?(?P<own>.+)")

@@ -44,9 +44,7 @@ class Picture:
 def encode(pictures: Sequence[Picture]) -> list[Tensor]:
     """Stands for tower and projector: embeddings that depend on the content alone."""
     return [
-        torch.randn(
-            p.num_tokens, HIDDEN, generator=torch.Generator().manual_seed(p.digest[0])
-        )
+        torch.randn(p.num_tokens, HIDDEN, generator=torch.Generator().manual_seed(p.digest[0]))
         for p in pictures
     ]
 
@@ -99,7 +97,10 @@ def request(
     params.setdefault("temperature", 0.0)
     params.setdefault("max_new_tokens", 8)
     return GenerationRequest(
-        request_id, token_ids, tuple(spans), SamplingParams(**params)  # type: ignore[arg-type]
+        request_id,
+        token_ids,
+        tuple(spans),
+        SamplingParams(**params),  # type: ignore[arg-type]
     )
 
 

@@ -11,7 +11,14 @@ from models.engine.core import EngineCore
 from models.engine.messages import GenerationRequest
 from models.errors import EngineFault, RequestAborted, RequestTimeout
 from tests.unit.engine.harness import (
-    EOS, VOCAB, Picture, alone, answers, build_core, request, run_all,
+    EOS,
+    VOCAB,
+    Picture,
+    alone,
+    answers,
+    build_core,
+    request,
+    run_all,
 )  # fmt: skip
 
 PICTURES = [Picture(b"\x01", 6), Picture(b"\x02", 6), Picture(b"\x03", 9)]
@@ -39,7 +46,7 @@ def requests(draw: st.DrawFn, name: str) -> GenerationRequest:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_an_answer_is_the_same_alone_and_in_any_company(data: st.DataObject) -> None:
-    """Random arrivals, lengths, chunk sizes, preemptions and aborts, in a pool that is too small."""
+    """Random arrivals, lengths, chunks, preemptions and aborts, in a pool that is too small."""
     core = build_core(
         blocks=data.draw(st.integers(15, 30), "blocks"),
         seqs=data.draw(st.integers(1, 5), "seqs"),
@@ -70,7 +77,9 @@ def test_an_answer_is_the_same_alone_and_in_any_company(data: st.DataObject) -> 
 
 
 def test_preemption_happens_and_changes_nothing() -> None:
-    reqs = [request(f"r{i}", range(2 + i, 22 + i), max_new_tokens=25, ignore_eos=True) for i in range(4)]
+    reqs = [
+        request(f"r{i}", range(2 + i, 22 + i), max_new_tokens=25, ignore_eos=True) for i in range(4)
+    ]
     core = build_core(blocks=20, seqs=4, budget=16, caching=False)
     for req in reqs:
         core.add(req)

@@ -51,7 +51,9 @@ def test_greedy_takes_the_likeliest() -> None:
         ({"top_k": 100}, 5),
     ],
 )
-def test_filters_keep_the_likeliest_and_their_ratios(params: dict[str, float], allowed: int) -> None:
+def test_filters_keep_the_likeliest_and_their_ratios(
+    params: dict[str, float], allowed: int
+) -> None:
     expected = LOGITS.softmax(-1)
     expected[allowed:] = 0
     assert torch.allclose(draws(temperature=1.0, **params), expected / expected.sum(), atol=0.03)
@@ -87,7 +89,7 @@ def test_rows_that_are_not_numbers_are_reported_and_spare_the_others() -> None:
 
 def test_uniform_numbers_are_uniform_and_reproducible() -> None:
     numbers = torch.tensor([uniform(seed, i) for seed in range(50) for i in range(100)])
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.02 and abs(numbers.std() - 0.2887) < 0.01
     assert uniform(7, 3) == uniform(7, 3) != uniform(7, 4)
     assert uniform(-1, 0) != uniform(1, 0)

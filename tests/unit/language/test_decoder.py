@@ -66,7 +66,9 @@ def pair(rope: str = "default", **overrides: object) -> tuple[LlamaForCausalLM, 
     return reference, decoder
 
 
-def compute(decoder: Decoder, cache: KVCache, work: list[tuple[list[int], int, int, list[int]]]) -> Tensor:
+def compute(
+    decoder: Decoder, cache: KVCache, work: list[tuple[list[int], int, int, list[int]]]
+) -> Tensor:
     """Logits of all tokens of (token_ids, start, end, block_table) chunks, single tokens first."""
     work = sorted(work, key=lambda w: w[2] - w[1] > 1)
     spans = [Span(start, end, table) for _, start, end, table in work]
