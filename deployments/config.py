@@ -60,7 +60,8 @@ class AppConfig(BaseModel):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto",
-        description="Type of activations; auto: bfloat16 on a CPU, the model's own on a GPU.",
+        description="Type of activations; auto: bfloat16, except for W16A16 on a GPU, which takes "
+        "the checkpoint's own.",
     )
     num_threads: int | None = Field(
         None,

@@ -23,8 +23,9 @@ from models.errors import InvalidRequest
 
 logger = logging.getLogger("ray.serve")
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats with decoders that only draw. PIL knows others that start programs (EPS)."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats with decoders that only draw. PIL knows others that start programs (EPS). A phone's MPO
+is opened as JPEG; PIL fails on all pictures where it is listed."""
 DECODE_THREADS = 2
 DATA_URL = re.compile(r"\s*data:(?P<type>[^,;]*)(?P<parameters>(;[^,;]*)*),", re.IGNORECASE)
 URL = re.compile(r"\s*[a-z][a-z0-9+.-]{1,15}://", re.IGNORECASE)
@@ -64,7 +65,8 @@ class ImageDecoder:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # A cancelled future would reach its caller as the cancellation of the caller's own task.
+        self._pool.shutdown(wait=False)
 
 
 def decode_images(images: Sequence[str], limits: ImageLimits) -> list[Image.Image]:
