@@ -77,16 +77,18 @@ class ModelWorker:
         request = WorkerRequest.parse(params, self._limits)
         with self.door.enter():
             text = request.prompt if request.echo else ""
-            if request.params.max_new_tokens > 0:
-                yield text_record(text, Usage())
+            is_empty = request.params.max_new_tokens == 0
             updates = paced(
                 partial(self._start, request),
                 min_interval_s=1 / self.config.max_records_per_s,
                 sign_of_life_s=self.config.sign_of_life_s,
             )
+            del params, request  # megabytes of base64, not to be held until the answer's end
             async with aclosing(updates):  # type: ignore[type-var]
+                if not is_empty:
+                    yield text_record(text, Usage())
                 async for update in updates:
-                    if request.params.max_new_tokens == 0 and update.finish_reason is None:
+                    if is_empty and update.finish_reason is None:
                         continue  # the whole answer is one record, with the prompt
                     text += update.text
                     yield text_record(text, update.usage, update.finish_reason)
@@ -94,7 +96,9 @@ class ModelWorker:
     async def generate_stream_gate(self, params: Any) -> AsyncIterator[bytes]:
         """`generate_stream` as bytes, each record with its zero byte, errors made into records."""
         try:
-            async with aclosing(self.generate_stream(params)) as records:  # type: ignore[type-var]
+            records = self.generate_stream(params)
+            del params
+            async with aclosing(records):  # type: ignore[type-var]
                 async for record in records:
                     yield frame(record)
         except Exception as error:

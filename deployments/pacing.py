@@ -65,16 +65,17 @@ async def paced(
     """
     gathered = _Gathered()
     reader = asyncio.create_task(_read(start, gathered))
+    del start  # it holds the request, whose pictures may be large
     try:
         while not gathered.ended.is_set():
-            if not await _within(gathered.fresh, sign_of_life_s):
+            if not await within(gathered.fresh, sign_of_life_s):
                 yield Update("", gathered.update.usage, None)
             elif gathered.has_news:
                 update = gathered.take()
                 yield update
                 if update.finish_reason is not None:
                     break
-                await _within(gathered.ended, min_interval_s)
+                await within(gathered.ended, min_interval_s)
         if gathered.has_news:
             yield gathered.take()
         await reader  # raises what ended it
@@ -87,7 +88,9 @@ async def _read(
     start: Callable[[], Awaitable[AsyncIterator[GenerationDelta]]], gathered: _Gathered
 ) -> None:
     try:
-        async with aclosing(await start()) as deltas:  # type: ignore[type-var]
+        deltas = await start()
+        del start
+        async with aclosing(deltas):  # type: ignore[type-var]
             async for delta in deltas:
                 gathered.add(delta)
     finally:
@@ -95,7 +98,7 @@ async def _read(
         gathered.fresh.set()
 
 
-async def _within(event: asyncio.Event, seconds: float) -> bool:
+async def within(event: asyncio.Event, seconds: float) -> bool:
     """Whether the event was set in time.
 
     Not by `asyncio.wait_for`: until Python 3.12 it loses a cancellation that comes together with

@@ -19,6 +19,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,13 +113,15 @@ class Engine:
             RequestAborted: `abort` was called with its id.
             EngineFault, EngineDead: the engine failed on it, or has stopped.
         """
+        self.check_health()
         loop = asyncio.get_running_loop()
-        request = await loop.run_in_executor(
-            self._pool,
-            lambda: self._preparer.prepare(
-                prompt, images, params, request_id=request_id, queue_timeout_s=queue_timeout_s
-            ),
-        )
+        prepare = partial(
+            self._preparer.prepare,
+            prompt, images, params, request_id=request_id, queue_timeout_s=queue_timeout_s,
+        )  # fmt: skip
+        del images  # decoded, they may be large; they are not to be held until the answer's end
+        request = await loop.run_in_executor(self._pool, prepare)
+        del prepare
         if params.max_new_tokens == 0:
             yield _nothing_to_generate(request)
             return
@@ -196,7 +199,7 @@ class Engine:
     def check_health(self) -> None:
         """Raises EngineDead if the engine's thread no longer runs."""
         if self._stopped is not None:
-            raise self._stopped
+            raise _again(self._stopped)
         if not self._thread.is_alive():
             raise EngineDead("the engine's thread has died")
 
@@ -205,7 +208,9 @@ class Engine:
         self._closing = True
         self._wake.set()
         self._thread.join()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # What is being prepared goes on, and is then refused: a cancelled future would reach its
+        # caller as the cancellation of the caller's own task.
+        self._pool.shutdown(wait=False)
 
     def __enter__(self) -> Engine:
         return self
@@ -218,7 +223,7 @@ class Engine:
     def _submit(self, request: GenerationRequest, subscriber: _Subscriber) -> None:
         with self._lock:
             if self._stopped is not None:
-                raise self._stopped
+                raise _again(self._stopped)
             if request.request_id in self._subscribers:
                 raise InvalidRequest("request_id", f"{request.request_id!r} is in use already")
             self._subscribers[request.request_id] = subscriber
@@ -300,6 +305,11 @@ class Engine:
         for seq in (*scheduler.running, *scheduler.waiting):
             scheduler.finish(seq, "error", error=reason)
         self._deliver([GenerationDelta(r, finish_reason="error", error=reason) for r in left])
+
+
+def _again(reason: EngineDead) -> EngineDead:
+    """A copy to raise: an exception that is raised again and again keeps every caller's frame."""
+    return EngineDead(*reason.args)
 
 
 def _put_all(batch: list[tuple[asyncio.Queue[GenerationDelta], GenerationDelta]]) -> None:

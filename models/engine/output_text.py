@@ -26,39 +26,55 @@ class OutputText:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        # ids:  [ ..emitted.. | context | pending ]
-        #                     ^ _context  ^ _read
+        # ids:  [ ..released.. | context | pending ]
+        #                      ^ _context ^ _read
         # A piece's text depends on the pieces before it (SentencePiece drops a leading space),
         # so pending ids are decoded together with the last ones that have been read.
         self._context = 0
         self._read = 0
-        self._context_text = ""
+        self._released = ""
+        """How much of the text from `_context` on has been released."""
         self._held = ""
         self.stopped = False
 
     def append(self, token_id: int) -> str:
         """Text that is new and final after this token; often "", while something is held back."""
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids[self._context :])
-        pending = len(self._ids) - self._read
-        if text.endswith(REPLACEMENT) and pending < LONGEST_UTF8:
+        text = self._decode(self._context, len(self._ids))
+        whole = text.rstrip(REPLACEMENT)
+        if len(whole) == len(text):
+            return self._hold_back(self._advance(len(self._ids)))
+        if len(whole) > len(self._released):  # this token ends one character and begins another
+            new, self._released = whole[len(self._released) :], whole
+            self._read = len(self._ids) - 1
+            return self._hold_back(new)
+        if len(self._ids) - self._read < LONGEST_UTF8:
             return ""
-        return self._advance(text)
+        # Three tokens later the oldest is still no character: it never will be, but they may.
+        return self._hold_back(self._advance(self._read + 1))
 
     def finish(self) -> str:
         """The rest, when no more tokens come: what was held back in the hope of more."""
         if self.stopped:
             return ""
-        text = self._advance(self._tokenizer.decode(self._ids[self._context :]))
+        text = self._hold_back(self._advance(len(self._ids)))
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
 
-    def _advance(self, text: str) -> str:
-        new = text[len(self._context_text) :]
-        self._context, self._read = self._read, len(self._ids)
-        self._context_text = self._tokenizer.decode(self._ids[self._context :])
-        return self._hold_back(new)
+    def _advance(self, end: int) -> str:
+        """The new text of ids up to `end`, which are then read."""
+        text = self._decode(self._context, end)
+        new = text[len(self._released) :]
+        self._released = text
+        own = self._decode(self._read, end)
+        if own:  # tokens without a text of their own would be no context for the next ones
+            self._context, self._released = self._read, own
+        self._read = end
+        return new
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._ids[start:end])
 
     def _hold_back(self, new: str) -> str:
         text = self._held + new

@@ -19,7 +19,7 @@ from models.engine.messages import GenerationRequest, ImageSpan
 from models.engine.sampling_params import SamplingParams
 from models.errors import InvalidRequest
 from models.prompts import IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
-from models.vision import ImagePreprocessor
+from models.vision import ImagePreprocessor, PreparedImage
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ class RequestPreparer:
         """
         Raises:
             InvalidRequest: the prompt is not a string, does not fit into the context, or does not
-                have as many placeholders as there are pictures; a stop token is not in the
-                vocabulary.
+                have as many placeholders as there are pictures; a picture cannot be decoded; a
+                stop token is not in the vocabulary.
         """
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt", f"is {type(prompt).__name__}; it must be a string")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InvalidRequest("prompt", "holds half of a surrogate pair, which is no character")
         for token in params.stop_token_ids:
             if token >= self.tokenizer.vocab_size:
                 raise InvalidRequest(
@@ -88,12 +90,22 @@ class RequestPreparer:
         spans: list[ImageSpan] = []
         for token in tokens:
             if token == IMAGE_TOKEN_ID:
-                prepared = self.preprocessor(next(remaining))
+                prepared = self._prepare_image(next(remaining), number=len(spans) + 1)
                 spans.append(ImageSpan(len(token_ids), prepared))
                 token_ids += [IMAGE_TOKEN_ID] * prepared.num_tokens
             else:
                 token_ids.append(token)
         return token_ids, tuple(spans)
+
+    def _prepare_image(self, image: Image, number: int) -> PreparedImage:
+        if not isinstance(image, Image):
+            raise InvalidRequest(
+                "images", f"number {number} is {type(image).__name__}; it must be a PIL image"
+            )
+        try:
+            return self.preprocessor(image)
+        except Exception as error:  # PIL decodes only now, and raises nearly any type
+            raise InvalidRequest("images", f"number {number} cannot be decoded") from error
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens == 0:

@@ -90,7 +90,8 @@ def _keep_likeliest(probabilities: Tensor, params: Rows[SamplingParams]) -> Tens
     device, vocabulary = probabilities.device, probabilities.shape[-1]
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocabulary, device=device)
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in params], device=device)
+    kept = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
+    top_k = torch.tensor(kept, device=device)
     ordered = ordered.masked_fill(rank >= top_k.unsqueeze(1), 0)
     # A token stays while the ones before it have not yet reached top_p; the first one always.
     top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(1)

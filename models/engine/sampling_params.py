@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 
 from models.errors import InvalidRequest
@@ -44,7 +44,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0.0, math.inf, "a number of 0 or more")
+        _number("temperature", self.temperature, 0.0, sys.float_info.max, "a number of 0 or more")
         _number("top_p", self.top_p, 0.0, 1.0, "a number from 0 to 1")
         _number("min_p", self.min_p, 0.0, 1.0, "a number from 0 to 1")
         _number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "a positive number")
@@ -53,6 +53,8 @@ class SamplingParams:
         if self.seed is not None:
             _integer("seed", self.seed, None, "an integer")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        if not isinstance(self.stop_token_ids, (list, tuple)):
+            raise InvalidRequest("stop_token_ids", f"{self.stop_token_ids!r:.80} is not a list")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, "a list of token ids")
@@ -65,7 +67,7 @@ class SamplingParams:
 def _number(field: str, value: object, low: float, high: float, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequest(field, f"{value!r:.80} is not a number; it must be {expected}")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not low <= value <= high:  # so written that it also catches what is not a number
         raise InvalidRequest(field, f"{value!r:.80} is out of range; it must be {expected}")
 
 

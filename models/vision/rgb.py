@@ -52,7 +52,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=65535.0, neginf=0.0)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=65535.0, neginf=0.0)
     largest = values.max(initial=0.0)
     if image.mode == "F" and largest <= 1.0:
         values = values * 255.0
