@@ -163,6 +163,18 @@ class AppConfig(BaseModel):
         "http://localhost:21002",
         description="The address under which the controller's clients reach this worker.",
     )
+    heartbeat_interval_s: float = Field(
+        15.0,
+        gt=0,
+        le=60,
+        description="Between two heartbeats while the load stays the same; a controller forgets a "
+        "worker after 30 s (LLaVA, TinyChat) or 90 s (FastChat) of silence.",
+    )
+    refresh_on_shutdown: bool = Field(
+        False,
+        description="When shutting down, have the controller poll all its workers, so that it "
+        "forgets this one at once; the protocol has no better way.",
+    )
     worker_id: str | None = Field(
         None, min_length=1, description="Name of this worker in logs; default: a random one."
     )

@@ -50,12 +50,18 @@ class Door:
     """Counts generations from the end of their upload to their end. One event loop only."""
 
     def __init__(
-        self, max_num_seqs: int, max_waiting: int, live_max_ongoing: Callable[[], int]
+        self,
+        max_num_seqs: int,
+        max_waiting: int,
+        live_max_ongoing: Callable[[], int],
     ) -> None:
         """
         Args:
             live_max_ongoing: `max_ongoing_requests` as it is now; it may change while serving.
         """
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after `count` has changed."""
+        self.is_closed = False
         self._limit = max_num_seqs + max_waiting
         self._live_max_ongoing = live_max_ongoing
         self._inside = 0
@@ -70,31 +76,43 @@ class Door:
     def limit(self) -> int:
         return min(self._limit, max(1, capacity(self._live_max_ongoing())))
 
+    def close(self) -> None:
+        """Lets nobody in any more; those who are inside stay until they are done."""
+        self.is_closed = True
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise EngineOverloaded("the server is shutting down; try again in a moment")
+
     @contextmanager
     def enter(self) -> Iterator[None]:
         """A generation's stay.
 
         Raises:
-            EngineOverloaded: full.
+            EngineOverloaded: full, or closed.
         """
+        self._check_open()
         if self._inside >= self.limit:
             raise EngineOverloaded(
                 f"the server is full ({self._inside} requests are running or waiting); "
                 "try again in a moment"
             )
         self._inside += 1
+        self.on_change()
         try:
             yield
         finally:
             self._inside -= 1
+            self.on_change()
 
     @contextmanager
     def upload(self) -> Iterator[None]:
         """A body's arrival; half of the reserve stays free of them.
 
         Raises:
-            EngineOverloaded: too many bodies are on their way.
+            EngineOverloaded: too many bodies are on their way, or closed.
         """
+        self._check_open()
         max_ongoing = self._live_max_ongoing()
         kept_free = max(1, (max_ongoing - capacity(max_ongoing)) // 2)
         if self._inside + self._uploading >= max_ongoing - kept_free:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import JSONResponse
 
+from deployments.fastchat_api import fastchat_routes
 from deployments.model_worker import ModelWorker
 from deployments.worker_api import worker_routes
 from models.errors import EngineDead
@@ -39,6 +40,10 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
             "routes": {
                 "POST /worker_generate_stream": "answers, in null-terminated JSON records",
                 "POST /worker_get_status": "model, speed, queue length",
+                "POST /worker_generate": "the whole answer as one JSON object (FastChat)",
+                "POST /count_token": "how many tokens a prompt has (FastChat)",
+                "POST /worker_get_conv_template": "the model's conversation template (FastChat)",
+                "POST /model_details": "the context's length (FastChat)",
                 "GET /health": "200 while requests are answered",
                 "GET /openapi.json": "the description of these routes",
             },
@@ -46,7 +51,9 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while the engine runs, else 503."""
+        """200 while requests are answered, else 503."""
+        if worker.door.is_closed:
+            return JSONResponse({"status": "draining"}, status_code=503)
         try:
             worker.check_health()
         except EngineDead as error:
@@ -54,4 +61,5 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     app.include_router(worker_routes(worker))
+    app.include_router(fastchat_routes(worker))
     return app

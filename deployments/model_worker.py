@@ -19,12 +19,14 @@ from PIL import Image
 
 from deployments.config import AppConfig
 from deployments.door import Door
+from deployments.load_board import ApplicationLoad
 from deployments.media import ImageDecoder, ImageLimits
 from deployments.pacing import paced
 from deployments.records import error_record, frame, text_record
 from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest
 from models import GenerationDelta, Usage
 from models.errors import EngineFault
+from models.prompts.templates import Template, get_template
 
 if TYPE_CHECKING:
     from models import Engine
@@ -104,17 +106,74 @@ class ModelWorker:
         except Exception as error:
             yield frame(error_record(error))
 
+    async def generate(
+        self, params: dict[str, Any] | None = None, **more: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """For Python callers: the answer in pieces, without the prompt and without repetitions.
+
+        Args:
+            params, more: the request's fields, as a dict or as keyword arguments; `images` may
+                hold the pictures' files as bytes, too.
+
+        Yields:
+            `text` (new, and final), `finish_reason` (None until the last), `usage`.
+
+        Raises:
+            TinyChatError: whatever is wrong with the request, the queue or the engine.
+        """
+        request = {**(params or {}), **more, "echo": False}
+        if isinstance(request.get("images"), (list, tuple)):
+            request["images"] = [_as_base64(image) for image in request["images"]]
+        sent = 0
+        records = self.generate_stream(request)
+        del params, more, request
+        async with aclosing(records):  # type: ignore[type-var]
+            async for record in records:
+                text = record["text"][sent:]
+                if text or record["finish_reason"] is not None:
+                    sent += len(text)
+                    yield {
+                        "text": text,
+                        "finish_reason": record["finish_reason"],
+                        "usage": record["usage"],
+                    }
+
+    async def count_tokens(self, prompt: str) -> int:
+        """How many tokens a prompt has, each `<image>` with all its positions."""
+        if len(prompt) > self._limits.max_prompt_chars:
+            return len(prompt)  # more than fits in any case, and not worth the tokenising
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self.engine.count_tokens, prompt)
+
+    @property
+    def template(self) -> Template:
+        """The conversation template that the model was trained with."""
+        return get_template(self.engine.spec.prompt.template)
+
+    def load(self) -> ApplicationLoad:
+        """The application's: this replica's, as long as it knows of no others."""
+        return ApplicationLoad(self.door.count, 1)
+
     def get_status(self) -> dict[str, Any]:
-        """What controllers ask for."""
+        """What controllers ask for. `speed` is the number of live replicas."""
+        load = self.load()
         return {
             "model_names": [self.model_name],
-            "speed": 1,
-            "queue_length": self.get_queue_length(),
+            "speed": load.replicas,
+            "queue_length": load.queue_length,
         }
 
     def get_queue_length(self) -> int:
-        """Requests running and waiting."""
+        """Requests running and waiting, over all replicas."""
+        return self.load().queue_length
+
+    def get_replica_count(self) -> int:
+        """Requests running and waiting in this replica alone."""
         return self.door.count
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; those inside are answered to their end."""
+        self.door.close()
 
     def get_stats(self) -> dict[str, Any]:
         """The engine's figures, and the door's."""
@@ -160,5 +219,12 @@ class ModelWorker:
     async def _start(self, request: WorkerRequest) -> AsyncIterator[GenerationDelta]:
         images = await self._decoder.decode(request.images)
         return self.engine.stream(
-            request.prompt, images, request.params, queue_timeout_s=self.config.queue_timeout_s
+            request.model_prompt,
+            images,
+            request.params,
+            queue_timeout_s=self.config.queue_timeout_s,
         )
+
+
+def _as_base64(image: Any) -> Any:
+    return base64.b64encode(image).decode("ascii") if isinstance(image, bytes) else image

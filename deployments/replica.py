@@ -1,4 +1,4 @@
-"""ModelReplica: ModelWorker as a Ray Serve deployment that is its own HTTP ingress.
+"""What runs on Ray: ModelReplica, a ModelWorker that is its own HTTP ingress, and LinkReplica.
 
 A chunk that crosses a DeploymentHandle costs more than the token in it, so the class that holds
 the model also answers HTTP. The same methods serve DeploymentHandle callers.
@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
+from deployments.controller_link import ControllerLink
 from deployments.door import Door, shrink
 from deployments.http_app import build_http_app
+from deployments.load_board import ApplicationLoad
+from deployments.load_reporter import LoadReporter
 from deployments.model_worker import ModelWorker
 from deployments.plan import Plan
 
@@ -30,8 +34,13 @@ logger = logging.getLogger("ray.serve")
 class ModelReplica(ModelWorker):
     """One replica: loads its engine when it starts, and is ready once that has answered."""
 
-    async def __init__(self, config: AppConfig, plan: Plan) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, plan: Plan, link: DeploymentHandle[Any] | None = None
+    ) -> None:
         """
+        Args:
+            link: the application's ControllerLink, where it registers with a controller.
+
         Raises:
             TinyChatError: the checkpoint or the options cannot be served here.
         """
@@ -51,11 +60,41 @@ class ModelReplica(ModelWorker):
         )
         super().__init__(config, plan.model_name, engine, door)
         await self.warm_up()
+        self._link = link
+        self._reporter: LoadReporter | None = None
+        if link is not None:
+            self._reporter = LoadReporter(self._report, lambda: self.door.count)
+            self.door.on_change = self._reporter.changed
         described = ", ".join(f"{key} {value}" for key, value in engine.description().items())
         logger.info("%s is ready: %s", plan.model_name, described)
 
+    def load(self) -> ApplicationLoad:
+        return super().load() if self._reporter is None else self._reporter.load()
+
+    async def close(self) -> None:
+        if self._reporter is not None and self._link is not None:
+            await self._reporter.close()
+            self._link.leave.remote(replica_id())
+        await super().close()
+
+    async def _report(self, queue_length: int) -> ApplicationLoad:
+        assert self._link is not None
+        reply: ApplicationLoad = await self._link.report.remote(replica_id(), queue_length)
+        return reply
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self)
+
+
+class LinkReplica(ControllerLink):
+    """The one replica of ControllerLink."""
+
+    async def __del__(self) -> None:  # Ray Serve awaits destructors
+        await self.close()
+
+
+def replica_id() -> str:
+    return serve.get_replica_context().replica_tag
 
 
 def live_max_ongoing_requests(default: int) -> int:

@@ -44,6 +44,21 @@ class RecordStream(StreamingResponse):
             await self._records.aclose()
 
 
+async def read_params(request: Request, worker: ModelWorker) -> Any:
+    """The body's JSON.
+
+    Raises:
+        EngineOverloaded: too many bodies are on their way.
+        InvalidRequest: the body cannot be read as JSON.
+    """
+    with worker.door.upload():
+        return await read_json(
+            request,
+            max_bytes=worker.config.max_body_bytes,
+            timeout_s=worker.config.body_timeout_s,
+        )
+
+
 def worker_routes(worker: ModelWorker) -> APIRouter:
     """`/worker_generate_stream` and `/worker_get_status` of one worker."""
     router = APIRouter(tags=["worker"])
@@ -52,12 +67,7 @@ def worker_routes(worker: ModelWorker) -> APIRouter:
     async def generate_stream(request: Request) -> RecordStream:
         """Cumulative text in null-terminated JSON records."""
         try:
-            with worker.door.upload():
-                params = await read_json(
-                    request,
-                    max_bytes=worker.config.max_body_bytes,
-                    timeout_s=worker.config.body_timeout_s,
-                )
+            params = await read_params(request, worker)
         except TinyChatError as error:
             return RecordStream(_only(frame(error_record(error))))
         return RecordStream(worker.generate_stream_gate(params))

@@ -16,6 +16,8 @@ from models import SamplingParams
 from models.errors import InvalidRequest
 
 IMAGE_PLACEHOLDER = "<image>"
+FASTCHAT_PLACEHOLDER = "$$<image>$$"
+"""What FastChat's OpenAI server of 2024 puts before the text, for a worker to replace."""
 SHOWN_CHARS = 60
 
 
@@ -37,6 +39,7 @@ class RequestLimits:
 class WorkerRequest:
     """
     Attributes:
+        prompt: as it came, which is how it is echoed.
         images: as sent: base64, perhaps in data URLs.
         echo: whether `text` begins with the prompt.
     """
@@ -45,6 +48,11 @@ class WorkerRequest:
     images: tuple[str, ...]
     params: SamplingParams
     echo: bool = True
+
+    @property
+    def model_prompt(self) -> str:
+        """The prompt as the model gets it."""
+        return self.prompt.replace(FASTCHAT_PLACEHOLDER, f"{IMAGE_PLACEHOLDER}\n")
 
     @classmethod
     def parse(cls, body: object, limits: RequestLimits) -> WorkerRequest:

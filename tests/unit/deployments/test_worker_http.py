@@ -259,7 +259,7 @@ class TestControl:
     @pytest.mark.parametrize(
         ("method", "path", "status"),
         [("GET", STREAM, 405), ("GET", STATUS, 405), ("POST", "/health", 405),
-         ("GET", "/docs", 404), ("GET", "/redoc", 404), ("POST", "/worker_generate", 404)],
+         ("GET", "/docs", 404), ("GET", "/redoc", 404), ("POST", "/worker_get_embeddings", 404)],
     )  # fmt: skip
     async def test_other_routes_do_not_exist(self, method: str, path: str, status: int) -> None:
         answer = await ask(build_http_app(make_worker()), path, method=method)

@@ -1,0 +1,169 @@
+"""`python -m deployments`: the worker with TinyChat's flags, drained when it is told to stop.
+
+Ray is started for this application alone, without its dashboard; where RAY_ADDRESS names a
+cluster, that is used. Unlike `serve run`, SIGTERM and SIGINT first close the door, then let
+running answers finish, leave the controller, and end with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.app import GRACEFUL_SHUTDOWN_TIMEOUT_S, build
+from deployments.config import AppConfig
+from models.errors import TinyChatError
+
+logger = logging.getLogger("ray.serve")
+
+APP_NAME = "tinychat"
+OBJECT_STORE_BYTES = 100 << 20
+"""Nothing large goes through it: requests and answers stay in the replica that gets them."""
+POLL_S = 0.2
+CONTROL_CALL_TIMEOUT_S = 10.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """TinyChat's worker flags. They may be abbreviated (`--controller`, `--worker`, `--quant`), as
+    its documentation does, so no flag may be added here that begins like another."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments",
+        description="Serve one LLaVA or VILA model behind TinyChat's worker protocol.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--host", default="localhost", help="to listen on")
+    parser.add_argument("--port", type=int, default=21002, help="to listen on")
+    parser.add_argument(
+        "--worker-address",
+        default="http://localhost:21002",
+        help="where the controller's clients reach this worker",
+    )
+    parser.add_argument("--controller-address", default="http://localhost:21001", help=" ")
+    parser.add_argument("--model-type", default="LLaMa", help="LLaMa; read from the checkpoint")
+    parser.add_argument("--model-path", required=True, help="the checkpoint's folder, or a Hub id")
+    parser.add_argument("--model-name", default=None, help="to register; default: from the path")
+    parser.add_argument("--quant-path", default=None, help="AWQ weights outside of the checkpoint")
+    parser.add_argument("--precision", default="W4A16", choices=("W4A16", "W16A16"), help=" ")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    parser.add_argument("--multi-modal", action="store_true", help="always so; taken and ignored")
+    parser.add_argument(
+        "--limit-model-concurrency", type=int, default=5, help="requests that run at a time"
+    )
+    parser.add_argument("--stream-interval", type=int, default=1, help="taken and ignored")
+    parser.add_argument(
+        "--no-register", action="store_true", help="serve without telling any controller"
+    )
+    return parser
+
+
+def app_config(options: argparse.Namespace) -> AppConfig:
+    """
+    Raises:
+        ValidationError: a flag's value is none that it can have.
+    """
+    return AppConfig(
+        model_path=options.model_path,
+        quant_path=options.quant_path,
+        precision=options.precision,
+        model_name=options.model_name,
+        model_type=options.model_type,
+        device=options.device,
+        limit_model_concurrency=options.limit_model_concurrency,
+        controller_addr=options.controller_address,
+        worker_addr=options.worker_address,
+        no_register=options.no_register,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        config = app_config(options)
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"]))
+            print(f"{where}: {problem['msg']}" if where else problem["msg"], file=sys.stderr)
+        return 2
+    start_ray()
+    stop = StopSignal()  # after Ray, which has a handler of its own
+    try:
+        serve.start(http_options={"host": options.host, "port": options.port})
+        handle = serve.run(build(config), name=APP_NAME, route_prefix="/")
+    except TinyChatError as error:
+        print(error, file=sys.stderr)
+        return shut_down(1)
+    except RuntimeError as error:  # the deployment failed; Serve's message has the reason
+        print(error, file=sys.stderr)
+        return shut_down(1)
+    print(f"Serving on http://{options.host}:{options.port}; SIGTERM or Ctrl-C drains.", flush=True)
+    stop.wait()
+    print("Draining: no new requests, running ones finish.", flush=True)
+    drain(handle, stop)
+    return shut_down(0)
+
+
+class StopSignal:
+    """The first SIGTERM or SIGINT is noted; a second one ends the waiting too."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._event = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    @property
+    def insisted(self) -> bool:
+        return self._received > 1
+
+    def wait(self) -> None:
+        while not self._event.wait(timeout=3600):
+            pass
+
+    def _receive(self, *_: Any) -> None:
+        self._received += 1
+        self._event.set()
+
+
+def start_ray() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, namespace="serve")
+        return
+    ray.init(
+        address="local",
+        namespace="serve",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def drain(handle: DeploymentHandle[Any], stop: StopSignal) -> None:
+    """Closes the doors of all replicas and waits until they are empty, or until a second signal."""
+    handle.broadcast("drain").results(timeout_s=CONTROL_CALL_TIMEOUT_S)
+    deadline = time.monotonic() + GRACEFUL_SHUTDOWN_TIMEOUT_S
+    while not stop.insisted and time.monotonic() < deadline:
+        inside = handle.broadcast("get_replica_count").results(timeout_s=CONTROL_CALL_TIMEOUT_S)
+        if not any(inside):
+            return
+        time.sleep(POLL_S)
+
+
+def shut_down(status: int) -> int:
+    """Ends the application, Serve and Ray, in this order, so that destructors run."""
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME)
+    serve.shutdown()
+    ray.shutdown()
+    return status
