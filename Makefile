@@ -42,9 +42,12 @@ demo-check: $(STAMP)
 train-demo: $(STAMP)
 	$(BIN)/python -m models.demo.train
 
-# Pins what is installed now.
+# Pins what is installed now. The four lines with markers, for Python 3.10, are kept by hand.
 lock: $(STAMP)
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^pytest-asyncio' > requirements.lock
+	{ grep -e '^#' -e ';' requirements.lock; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v -e '^numpy=' -e '^networkx='; \
+	} > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ class Deployer:
     """Ray Serve takes one configuration of all applications at a time, so it is kept here."""
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        self.url = f"http://127.0.0.1:{port}"
         self._applications: dict[str, dict[str, Any]] = {}
 
     def deploy(self, name: str, *, options: dict[str, Any] | None = None, **args: Any) -> Worker:
@@ -41,7 +41,7 @@ class Deployer:
         wait_until(lambda: self._settled(name), f"{name} is deployed", DEPLOY_TIMEOUT_S)
         status = serve.status().applications[name]
         assert status.status == "RUNNING", status
-        return Worker(f"http://127.0.0.1:{self._port}/{name}", serve.get_app_handle(name))
+        return Worker(f"{self.url}/{name}", serve.get_app_handle(name))
 
     def failure(self, name: str, **args: Any) -> str:
         """The message of an application that must not come up."""
