@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from models.prompts.templates import TEMPLATES
+
 ANY_MAX_NEW_TOKENS = 1 << 31
 """Above it a `max_new_tokens` is a mistake rather than "as many as you will give me"."""
 
@@ -52,6 +54,16 @@ class AppConfig(BaseModel):
         "LLaMa",
         description="TinyChat's flag. Only LLaMa is accepted; the architecture itself is read "
         "from the checkpoint.",
+    )
+    conv_mode: str | None = Field(
+        None,
+        description="The conversation template (LLaVA's word), where the one that the model's name "
+        "suggests is wrong: its tokens end answers, and FastChat's front ends ask for it.",
+    )
+    token_order: Literal["row", "column"] | None = Field(
+        None,
+        description="In which order mlp_downsample emits its tokens, where the one of the "
+        "checkpoint's era is wrong: column for VILA-1.5, row for NVILA.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
@@ -198,6 +210,13 @@ class AppConfig(BaseModel):
                 "is read from the checkpoint"
             )
         return "LLaMa"
+
+    @field_validator("conv_mode")
+    @classmethod
+    def _known_template(cls, value: str | None) -> str | None:
+        if value is not None and value not in TEMPLATES:
+            raise ValueError(f"{value!r} is unknown; known are {', '.join(TEMPLATES)}")
+        return value
 
     @field_validator("device", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ well or with `ControllerUnavailable`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -92,7 +93,7 @@ class ControllerClient:
                     raise ControllerUnavailable(f"it answered {response.status}")
                 reply = await response.content.read(MAX_REPLY_BYTES)
                 return json.loads(reply or b"null")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             raise ControllerUnavailable(f"{type(error).__name__}") from error
         except ValueError as error:
             raise ControllerUnavailable("it answered something that is not JSON") from error

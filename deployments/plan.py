@@ -99,6 +99,9 @@ def check_checkpoint(config: AppConfig, model_path: str, quant_path: str | None)
     from models.checkpoints import open_checkpoint
 
     try:
-        open_checkpoint(model_path, quant_path, config.precision)
+        open_checkpoint(
+            model_path, quant_path, config.precision,
+            template=config.conv_mode, token_order=config.token_order,
+        )  # fmt: skip
     except TinyChatError as error:
         raise ConfigurationError(str(error)) from error

@@ -116,6 +116,8 @@ def load_replica_engine(config: AppConfig, plan: Plan, max_num_seqs: int) -> Eng
         device=plan.device,
         dtype=config.dtype,
         num_threads=config.num_threads or max(1, int(assigned)),
+        template=config.conv_mode,
+        token_order=config.token_order,
         tinychat_prompt_rewrite=config.tinychat_prompt_rewrite,
         max_num_seqs=max_num_seqs,
         **config.engine_options(),

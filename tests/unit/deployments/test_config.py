@@ -116,6 +116,11 @@ def test_the_limit_of_running_requests_has_two_names() -> None:
     assert both.running_limit == 5
 
 
+def test_an_unknown_conversation_template_is_answered_with_the_known_ones() -> None:
+    assert make_config(conv_mode="llava_v1").conv_mode == "llava_v1"
+    assert "known are vicuna_v1" in refusal(conv_mode="vicuna")
+
+
 def test_model_type_is_tinychats_whatever_its_case() -> None:
     assert make_config(model_type="llama").model_type == "LLaMa"
 
