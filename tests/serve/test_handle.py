@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import requests
 from ray import serve
 
 from models.demo import simple_scene
 from models.errors import InvalidRequest
 from tests.serve.worker import Worker, base64_of, prompt_of, records_of
 
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION: dict[str, Any] = {
     "prompt": prompt_of("What is in this image?"), "temperature": 0, "max_new_tokens": 64,
     "images": [base64_of(simple_scene("purple", "ring"))],
@@ -64,16 +71,30 @@ def test_status_and_queue_length(demo: Worker) -> None:
     assert plain.get_queue_length.remote().result() == 0
 
 
-def test_from_another_deployment(demo: Worker) -> None:
-    @serve.deployment(ray_actor_options={"num_cpus": 0})
-    class Caller:
-        async def __call__(self, question: dict[str, Any]) -> str:
-            handle = serve.get_app_handle("demo").options(stream=True)
-            return "".join([piece["text"] async for piece in handle.generate.remote(question)])
+def test_the_example_of_a_script_answers(demo: Worker, tmp_path: Path) -> None:
+    file = tmp_path / "picture.png"
+    simple_scene("purple", "ring").save(file)
+    finished = subprocess.run(
+        [
+            sys.executable, ROOT / "docs/examples/handle_driver.py", file,
+            "What is in this image?", "demo",
+        ],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert finished.stdout == f"{ANSWER}\n"
 
-    caller = serve.run(Caller.bind(), name="caller", route_prefix=None)
+
+def test_the_example_of_another_deployment_answers(demo: Worker, tmp_path: Path) -> None:
+    from docs.examples.handle_deployment import Captioner
+
+    file = tmp_path / "picture.png"
+    simple_scene("purple", "ring").save(file)
+    caller = serve.run(Captioner.bind("demo"), name="caller", route_prefix="/caption")
     try:
-        assert caller.remote(QUESTION).result(timeout_s=60) == ANSWER
+        assert caller.caption.remote(file.read_bytes()).result(timeout_s=60) == ANSWER
+        url = demo.url.replace("/demo", "/caption")
+        assert requests.post(url, data=file.read_bytes(), timeout=60).text == ANSWER
     finally:
         serve.delete("caller")
 
