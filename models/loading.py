@@ -12,6 +12,7 @@ import torch
 
 from models.awq import select_backend
 from models.checkpoints import Checkpoint, open_checkpoint
+from models.engine.allocator import keep_freed_memory
 from models.engine.core import EngineCore
 from models.engine.engine import Engine
 from models.engine.image_cache import ImageEmbeddingCache
@@ -40,6 +41,8 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     num_threads: int | None = None,
+    template: str | None = None,
+    token_order: Literal["row", "column"] | None = None,
     tinychat_prompt_rewrite: bool = False,
     **engine_options: Any,
 ) -> Engine:
@@ -53,6 +56,7 @@ def load_engine(
         dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
             and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
         num_threads: of the CPU; default: the cores that this process may use.
+        template, token_order: see `open_checkpoint`.
         engine_options: see `EngineOptions`.
 
     Raises:
@@ -61,7 +65,9 @@ def load_engine(
     """
     options = EngineOptions(**engine_options)
     target = _device(device)
-    checkpoint = open_checkpoint(model_path, quant_path, precision)
+    checkpoint = open_checkpoint(
+        model_path, quant_path, precision, template=template, token_order=token_order
+    )
     kind = _dtype(dtype, target, checkpoint)
     threads = num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -118,6 +124,8 @@ def load_engine(
         "max_num_seqs": str(sizes.max_num_seqs),
         "loaded_in": f"{time.monotonic() - started:.1f} s",
     }
+    if target.type == "cpu":
+        keep_freed_memory()  # after the weights, whose loading leaves gaps behind
     return Engine(core, preparer, num_threads=threads, description=description)
 
 

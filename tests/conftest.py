@@ -1,11 +1,17 @@
-"""Async tests, without a plugin: each runs in an event loop of its own."""
+"""Async tests run without a plugin, each in an event loop of its own; and one thread computes."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about the machine's other work than about ours.
+settings.register_profile("ours", deadline=None, print_blob=True)
+settings.load_profile("ours")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -15,3 +21,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     wanted = pyfuncitem._fixtureinfo.argnames
     asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in wanted}))
     return True
+
+
+@pytest.fixture(autouse=True)
+def _one_compute_thread() -> None:
+    """Tiny products gain nothing from more, and lose a lot where other processes want the cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)

@@ -30,7 +30,7 @@ class W4A16Linear(nn.Module):
         self.backend = backend
         self.shape = shape
         self._backend: Backend = BACKENDS[backend]
-        self._packed_names = tuple(packed)
+        self._buffer_names = {name: f"packed_{name}" for name in packed}
         for name, value in packed.items():
             self.register_buffer(f"packed_{name}", value)
         self.register_buffer("bias", bias)
@@ -70,7 +70,7 @@ class W4A16Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        packed = {name: self.get_buffer(f"packed_{name}") for name in self._packed_names}
+        packed = {name: getattr(self, buffer) for name, buffer in self._buffer_names.items()}
         y = self._backend.matmul(x.reshape(-1, self.in_features), packed, self.shape)
         if self.bias is not None:
             y = y + self.bias

@@ -7,4 +7,5 @@ block_pool.py     which KV blocks are free, cached or used, and by whom
 runner.py         a scheduled batch -> logits
 sampler.py        logits -> tokens
 output_text.py    tokens -> text that is never taken back
+allocator.py      memory that one step frees is kept for the next
 """

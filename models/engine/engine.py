@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -86,6 +86,15 @@ class Engine:
         """Prompt and answer together, in tokens."""
         return self._preparer.max_model_len
 
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The model's own: any of them ends an answer."""
+        return self._core.scheduler.eos_token_ids
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens a prompt has, each "<image>" with all the positions of a picture."""
+        return self._preparer.count_tokens(prompt)
+
     def description(self) -> dict[str, str]:
         """What is loaded, where and how, for start-up lines."""
         return dict(self._description)
@@ -98,7 +107,7 @@ class Engine:
         *,
         request_id: str | None = None,
         queue_timeout_s: float | None = None,
-    ) -> AsyncIterator[GenerationDelta]:
+    ) -> AsyncGenerator[GenerationDelta, None]:
         """Yields the answer's deltas as they are computed.
 
         Closing or cancelling the iterator aborts the request and frees all that it holds.

@@ -43,7 +43,7 @@ class OutputText:
         text = self._decode(self._context, len(self._ids))
         whole = text.rstrip(REPLACEMENT)
         if len(whole) == len(text):
-            return self._hold_back(self._advance(len(self._ids)))
+            return self._hold_back(self._advance(len(self._ids), text))
         if len(whole) > len(self._released):  # this token ends one character and begins another
             new, self._released = whole[len(self._released) :], whole
             self._read = len(self._ids) - 1
@@ -51,20 +51,25 @@ class OutputText:
         if len(self._ids) - self._read < LONGEST_UTF8:
             return ""
         # Three tokens later the oldest is still no character: it never will be, but they may.
-        return self._hold_back(self._advance(self._read + 1))
+        end = self._read + 1
+        return self._hold_back(self._advance(end, self._decode(self._context, end)))
 
     def finish(self) -> str:
         """The rest, when no more tokens come: what was held back in the hope of more."""
         if self.stopped:
             return ""
-        text = self._hold_back(self._advance(len(self._ids)))
+        end = len(self._ids)
+        text = self._hold_back(self._advance(end, self._decode(self._context, end)))
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
 
-    def _advance(self, end: int) -> str:
-        """The new text of ids up to `end`, which are then read."""
-        text = self._decode(self._context, end)
+    def _advance(self, end: int, text: str) -> str:
+        """The new text of ids up to `end`, which are then read.
+
+        Args:
+            text: of the ids from `_context` to `end`.
+        """
         new = text[len(self._released) :]
         self._released = text
         own = self._decode(self._read, end)

@@ -18,7 +18,7 @@ from models.checkpoints import ModelSpec
 from models.engine.messages import GenerationRequest, ImageSpan
 from models.engine.sampling_params import SamplingParams
 from models.errors import InvalidRequest
-from models.prompts import IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
+from models.prompts import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
 from models.vision import ImagePreprocessor, PreparedImage
 
 
@@ -80,6 +80,18 @@ class RequestPreparer:
             params=params,
             deadline=None if queue_timeout_s is None else time.monotonic() + queue_timeout_s,
         )
+
+    def count_tokens(self, prompt: str) -> int:
+        """Of a prompt, each placeholder with the fewest tokens that a picture can have."""
+        num_images = prompt.count(IMAGE_PLACEHOLDER)
+        tokens = tokenize_prompt(
+            prompt,
+            self.tokenizer,
+            num_images=num_images,
+            prompt_spec=self.spec.prompt,
+            tinychat_prompt_rewrite=self.tinychat_prompt_rewrite,
+        )
+        return len(tokens) + num_images * (self.preprocessor.min_tokens - 1)
 
     def _lay_out(
         self, tokens: list[int], images: Sequence[Image]

@@ -26,7 +26,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> Tensor:
         """(chunks that sample, vocabulary) float32 logits, in the order of `batch.sampling`."""
         spans = [Span(c.start, c.end, c.seq.block_table) for c in batch.chunks]
-        layout = AttentionBatch.build(spans, self.cache.shape.block_size, self.device)
+        layout = AttentionBatch.build(spans, self.cache.shape, self.device)
         hidden = self.decoder(self._embed(batch.chunks), self.cache, layout)
         return self.decoder.logits(hidden[_sampling_rows(batch.chunks).to(self.device)])
 

@@ -86,7 +86,7 @@ def _gpu_budget(
     num_blocks = -(-num_tokens // shape.block_size)
     scratch = KVCache(shape, num_blocks, device)
     spans = [Span(0, num_tokens, range(num_blocks))]
-    layout = AttentionBatch.build(spans, shape.block_size, device)
+    layout = AttentionBatch.build(spans, shape, device)
     embeddings = decoder.embed(torch.zeros(num_tokens, dtype=torch.long, device=device))
     decoder.logits(decoder(embeddings, scratch, layout)[-1:])
     vision.profile(num_tiles=max(1, num_tokens // vision.num_tokens_per_tile))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.language.kv_cache import KVCache
+from models.language.kv_cache import KVCache, KVCacheShape
 
 
 class Span(NamedTuple):
@@ -33,21 +33,21 @@ class PromptChunk:
     last: int
     context: int
     """How many tokens of the sequence were computed in earlier steps."""
-    block_table: Tensor
-    """(blocks,) int64, all blocks from the sequence's beginning to the chunk's end."""
+    tables: Tensor
+    """(kv_heads, blocks) int64, all blocks from the sequence's beginning to the chunk's end."""
     mask: Tensor | None
     """(rows, context + rows) bool, True where attended; None where plain causal will do."""
 
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """The layout of one step's packed tokens.
+    """The layout of one step's packed tokens. Slots and tables are `KVCacheShape`'s.
 
     Attributes:
         positions: (tokens,) int64.
-        slots: (tokens,) int64, where each token's key and value go.
+        slots: (tokens, kv_heads) int64, where each token's keys and values go.
         num_decodes: the first rows, one token of one sequence each.
-        decode_block_tables: (num_decodes, blocks) int64, padded with block 0.
+        decode_tables: (num_decodes, kv_heads, blocks) int64, padded with block 0.
         decode_mask: (num_decodes, 1, 1, blocks * block_size) bool, True where attended.
         prompts: the longer chunks.
     """
@@ -55,64 +55,68 @@ class AttentionBatch:
     positions: Tensor
     slots: Tensor
     num_decodes: int
-    decode_block_tables: Tensor
+    decode_tables: Tensor
     decode_mask: Tensor
     prompts: tuple[PromptChunk, ...]
 
     @classmethod
-    def build(cls, spans: Sequence[Span], block_size: int, device: torch.device) -> AttentionBatch:
+    def build(
+        cls, spans: Sequence[Span], shape: KVCacheShape, device: torch.device
+    ) -> AttentionBatch:
         """From the step's chunks, those of one token first."""
+        size = shape.block_size
         num_decodes = sum(1 for span in spans if span.end - span.start == 1)
-        positions = torch.cat([torch.arange(span.start, span.end) for span in spans])
-        slots = torch.cat([_slots(span, block_size) for span in spans])
-
-        decodes = spans[:num_decodes]
-        width = max((-(-span.end // block_size) for span in decodes), default=0)
-        tables = torch.zeros(num_decodes, width, dtype=torch.long)
-        for row, span in enumerate(decodes):
-            used = -(-span.end // block_size)
-            tables[row, :used] = torch.tensor(span.block_table[:used])
+        decodes, longer = spans[:num_decodes], spans[num_decodes:]
         ends = torch.tensor([span.end for span in decodes], dtype=torch.long)
-        mask = torch.arange(width * block_size) < ends.unsqueeze(1)
+        positions = [ends - 1, *(torch.arange(span.start, span.end) for span in longer)]
+        last = torch.tensor([s.block_table[s.start // size] for s in decodes], dtype=torch.long)
+        blocks = [last, *(_blocks_of_tokens(span, size) for span in longer)]
+        all_positions = torch.cat(positions)
+
+        width = max((-(-span.end // size) for span in decodes), default=0)
+        used = [span.block_table[: -(-span.end // size)] for span in decodes]
+        padded = [[*table, *[0] * (width - len(table))] for table in used]
+        tables = torch.tensor(padded, dtype=torch.long).view(num_decodes, width)
+        mask = torch.arange(width * size) < ends.unsqueeze(1)
 
         prompts, row = [], num_decodes
-        for span in spans[num_decodes:]:
-            prompts.append(_prompt_chunk(span, row, block_size, device))
+        for span in longer:
+            prompts.append(_prompt_chunk(span, row, shape, device))
             row += span.end - span.start
         return cls(
-            positions=positions.to(device),
-            slots=slots.to(device),
+            positions=all_positions.to(device),
+            slots=shape.slots(torch.cat(blocks), all_positions % size).to(device),
             num_decodes=num_decodes,
-            decode_block_tables=tables.to(device),
+            decode_tables=shape.tables(tables).to(device),
             decode_mask=mask[:, None, None, :].to(device),
             prompts=tuple(prompts),
         )
 
 
-def _slots(span: Span, block_size: int) -> Tensor:
-    positions = torch.arange(span.start, span.end)
+def _blocks_of_tokens(span: Span, block_size: int) -> Tensor:
     blocks = torch.tensor(span.block_table, dtype=torch.long)
-    return blocks[positions // block_size] * block_size + positions % block_size
+    return blocks[torch.arange(span.start, span.end) // block_size]
 
 
-def _prompt_chunk(span: Span, row: int, block_size: int, device: torch.device) -> PromptChunk:
+def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.device) -> PromptChunk:
     mask = None
     if span.start > 0:
         queries = torch.arange(span.start, span.end).unsqueeze(1)
         mask = (torch.arange(span.end) <= queries).to(device)
+    blocks = torch.tensor(span.block_table[: -(-span.end // shape.block_size)])
     return PromptChunk(
         first=row,
         last=row + span.end - span.start,
         context=span.start,
-        block_table=torch.tensor(span.block_table[: -(-span.end // block_size)]).to(device),
+        tables=shape.tables(blocks).to(device),
         mask=mask,
     )
 
 
-def sdpa_attention(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch
 ) -> Tensor:
-    """The portable backend: torch's scaled_dot_product_attention over gathered blocks.
+    """The portable backend: torch's own products over gathered blocks.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -123,24 +127,44 @@ def sdpa_attention(
     """
     out = torch.empty_like(q)
     if batch.num_decodes:
-        keys, values = cache.read(layer, batch.decode_block_tables)
-        out[: batch.num_decodes] = _sdpa(
-            q[: batch.num_decodes, None], keys, values, mask=batch.decode_mask
-        )[:, 0]
+        keys, values = cache.read(layer, batch.decode_tables)
+        queries = q[: batch.num_decodes]
+        decode = _decode_on_cpu if q.device.type == "cpu" else _decode
+        out[: batch.num_decodes] = decode(queries, keys, values, batch.decode_mask)
     for chunk in batch.prompts:
         rows = slice(chunk.first, chunk.last)
-        keys, values = k[rows], v[rows]
+        keys, values = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
         if chunk.mask is not None:
             end = chunk.context + chunk.last - chunk.first
-            keys, values = (x[:end] for x in cache.read(layer, chunk.block_table))
-        out[rows] = _sdpa(q[None, rows], keys[None], values[None], mask=chunk.mask)[0]
+            keys, values = (x[:, :end] for x in cache.read(layer, chunk.tables))
+        out[rows] = _sdpa(q[rows].transpose(0, 1)[None], keys[None], values[None], chunk.mask)[
+            0
+        ].transpose(0, 1)
     return out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """All (batch, tokens, heads, head_dim); causal where no mask is given."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2],
-    )  # fmt: skip
-    return out.transpose(1, 2)
+    """All (batch, heads, tokens, head_dim); causal where no mask is given."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """One query of each sequence.
+
+    Args:
+        q: (sequences, heads, head_dim).
+        keys, values: (sequences, kv_heads, tokens, head_dim).
+        mask: (sequences, 1, 1, tokens).
+    """
+    return _sdpa(q.unsqueeze(2), keys, values, mask).squeeze(2)
+
+
+def _decode_on_cpu(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """`_decode` as two products with the scores in float32, as torch's fused kernel has them. That
+    one takes 4 to 15 times as long for single queries in bfloat16."""
+    grouped = q.unflatten(1, (keys.shape[1], -1)).float() * q.shape[-1] ** -0.5
+    scores = grouped @ keys.float().transpose(-1, -2)
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
+    return (weights.to(values.dtype) @ values).flatten(1, 2)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from models.language.attention import AttentionBatch, sdpa_attention
+from models.language.attention import AttentionBatch, attend
 from models.language.kv_cache import KVCache, head_dim
 from models.language.rope import RotaryEmbedding, rotate
 
@@ -51,13 +51,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: AttentionBatch
     ) -> Tensor:
-        kv_size = self.num_kv_heads * self.head_dim
-        q, k, v = self.qkv_proj(x).split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
-        q = rotate(q.unflatten(-1, (self.num_heads, self.head_dim)), *rotation)
-        k = rotate(k.unflatten(-1, (self.num_kv_heads, self.head_dim)), *rotation)
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        rotated = self.num_heads + self.num_kv_heads
+        qkv = self.qkv_proj(x).unflatten(-1, (rotated + self.num_kv_heads, self.head_dim))
+        qk, v = qkv.split([rotated, self.num_kv_heads], dim=1)
+        q, k = rotate(qk, *rotation).split([self.num_heads, self.num_kv_heads], dim=1)
         cache.write(self.layer, batch.slots, k, v)
-        out: Tensor = self.o_proj(sdpa_attention(q, k, v, cache, self.layer, batch).flatten(1))
+        out: Tensor = self.o_proj(attend(q, k, v, cache, self.layer, batch).flatten(1))
         return out
 
 

@@ -40,27 +40,49 @@ class KVCacheShape:
         per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         return per_token * self.block_size
 
+    def slots(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """(tokens,) blocks and positions within them -> (tokens, kv_heads) int64: where each
+        token's vectors lie among all vectors of a layer."""
+        heads = blocks.unsqueeze(1) * self.num_kv_heads + torch.arange(self.num_kv_heads)
+        return heads * self.block_size + offsets.unsqueeze(1)
+
+    def tables(self, blocks: Tensor) -> Tensor:
+        """(..., blocks) -> (..., kv_heads, blocks) int64: where each head's part of each block
+        lies among all such parts of a layer."""
+        heads = torch.arange(self.num_kv_heads).unsqueeze(1)
+        return blocks.unsqueeze(-2) * self.num_kv_heads + heads
+
 
 class KVCache:
-    """Keys and values of all layers: `keys[layer]` is (blocks, block_size, kv_heads, head_dim)."""
+    """Keys and values of all layers: `keys[layer]` is (blocks, kv_heads, block_size, head_dim).
+
+    Heads come before positions, so that blocks are gathered into one matrix for each head, which
+    products take as it is.
+    """
 
     def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
         size = (
-            shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim,
+            shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim,
         )  # fmt: skip
         # Zeros, not empty: masked positions still enter products, where a NaN would survive.
         self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
         self.values = torch.zeros(size, dtype=shape.dtype, device=device)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores (tokens, kv_heads, head_dim) at `slots` = block * block_size + offset."""
-        self.keys[layer].flatten(0, 1)[slots] = keys
-        self.values[layer].flatten(0, 1)[slots] = values
+        """Stores (tokens, kv_heads, head_dim) at `slots`; see `KVCacheShape.slots`."""
+        for cached, new in ((self.keys, keys), (self.values, values)):
+            cached[layer].flatten(0, 2).index_copy_(0, slots.flatten(), new.flatten(0, 1))
 
-    def read(self, layer: int, block_tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole blocks, (..., blocks * block_size, kv_heads, head_dim)."""
-        keys = self.keys[layer][block_tables]
-        values = self.values[layer][block_tables]
-        return keys.flatten(-4, -3), values.flatten(-4, -3)
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks, (..., kv_heads, blocks * block_size, head_dim).
+
+        Args:
+            tables: (..., kv_heads, blocks); see `KVCacheShape.tables`.
+        """
+        rows, size = tables.flatten(), (*tables.shape[:-1], -1, self.shape.head_dim)
+        # Several times as fast as indexing with a tensor.
+        keys = self.keys[layer].flatten(0, 1).index_select(0, rows)
+        values = self.values[layer].flatten(0, 1).index_select(0, rows)
+        return keys.view(size), values.view(size)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from models.errors import CheckpointError
 from models.prompts.tokenizer import Tokenizer
+
+GENERIC_CLASS = "PreTrainedTokenizerFast"
+"""Everything about such a tokenizer is in its `tokenizer.json`."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -18,6 +21,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()
     ) -> None:
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self._ids: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._ids.values()) + 1
         self.bos_token_id = tokenizer.bos_token_id
@@ -25,15 +29,20 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_token_ids = tuple(dict.fromkeys([*own_eos, *eos_token_ids]))
 
     @classmethod
-    def load(cls, folder: Path, eos_token_ids: Sequence[int] = ()) -> HuggingFaceTokenizer:
+    def load(
+        cls, folder: Path, tokenizer_class: str, eos_token_ids: Sequence[int] = ()
+    ) -> HuggingFaceTokenizer:
         """
+        Args:
+            tokenizer_class: as tokenizer_config.json names it, or "".
+
         Raises:
             CheckpointError: transformers finds no tokenizer there. Code in the folder never runs.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            # AutoTokenizer would look into config.json too, and complain of LLaVA's model_type.
+            kind = PreTrainedTokenizerFast if tokenizer_class == GENERIC_CLASS else AutoTokenizer
+            tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises nearly any type here
             raise CheckpointError(
                 f"{folder.name} holds no tokenizer that can be read (tokenizer.model, "
@@ -47,9 +56,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        text = self._tokenizer.decode(
-            known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        if self._backend is not None:  # without transformers' checks, which cost five times as much
+            text = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._tokenizer.decode(
+                known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
         assert isinstance(text, str)
         return text
 

@@ -165,6 +165,9 @@ def _added_tokens(folder: Path, config: JsonConfig) -> tuple[dict[str, int], lis
     if path.is_file():
         listed = JsonConfig.read(path, path.name)
         added |= {token: listed.require(token, int) for token in listed.values}
+        for token, token_id in added.items():
+            if not token or token_id < 0:
+                raise listed.problem(token, "an added token has a name, and an id from 0 up")
         special += added
     for number, entry in config.get("added_tokens_decoder", dict, {}).items():
         token, token_id = _decoder_entry(config, number, entry)
@@ -173,8 +176,6 @@ def _added_tokens(folder: Path, config: JsonConfig) -> tuple[dict[str, int], lis
             special.append(token)
         elif token in special:
             special.remove(token)
-    if any(token_id < 0 for token_id in added.values()) or "" in added:
-        raise CheckpointError(f"{config.label}: added tokens must have a name and an id from 0 up")
     return added, special
 
 
@@ -182,6 +183,6 @@ def _decoder_entry(config: JsonConfig, number: Any, entry: Any) -> tuple[str, in
     if not str(number).isdecimal() or not isinstance(entry, dict):
         raise config.problem("added_tokens_decoder", "it must map ids to tokens' descriptions")
     content = entry.get("content")
-    if not isinstance(content, str):
+    if not isinstance(content, str) or not content:
         raise config.problem("added_tokens_decoder", f"token {number} has no content")
     return content, int(number)

@@ -51,15 +51,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     config = _optional(folder / "tokenizer_config.json")
     eos = _generation_eos(folder)
-    if (folder / SENTENCEPIECE_FILE).is_file():
-        kind = config.get("tokenizer_class", str, "")
-        if kind in SENTENCEPIECE_CLASSES:
-            from models.prompts.sentencepiece_ import SentencePieceTokenizer
+    kind = config.get("tokenizer_class", str, "")
+    if (folder / SENTENCEPIECE_FILE).is_file() and kind in SENTENCEPIECE_CLASSES:
+        from models.prompts.sentencepiece_ import SentencePieceTokenizer
 
-            return SentencePieceTokenizer.load(folder, config, eos)
+        return SentencePieceTokenizer.load(folder, config, eos)
     from models.prompts.huggingface import HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer.load(folder, eos)
+    return HuggingFaceTokenizer.load(folder, kind, eos)
 
 
 def _optional(path: Path) -> JsonConfig:

@@ -97,7 +97,8 @@ def unpack(
     groups = k // group_size
     scale = scales[:groups].t().contiguous()
     product = scaled_zeros[:groups].t().float()
-    ratio = torch.where(scale == 0, torch.zeros(()), -product / scale.float())
+    empty = (scale == 0) & (product == 0)
+    ratio = torch.where(empty, torch.zeros(()), -product / scale.float())
     zero = torch.round(ratio)
     in_range = (zero >= 0) & (zero <= MAX_Q) & ((ratio - zero).abs() <= LARGEST_ROUNDING)
     if not bool(in_range.all()):

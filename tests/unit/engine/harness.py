@@ -1,15 +1,18 @@
-"""A real engine core around a tiny random decoder in fp32: seconds for thousands of steps."""
+"""A real engine core around a tiny random decoder in fp32, its linears in 4 bits on the reference
+backend: seconds for thousands of steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from models.awq import W4A16Linear, quantize_rtn
 from models.engine.core import EngineCore
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.messages import GenerationDelta, GenerationRequest, ImageSpan
@@ -57,20 +60,30 @@ def decoder() -> Decoder:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
     )  # fmt: skip
     model = Decoder(config)
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):
             torch.nn.init.ones_(module.weight)
         elif isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.3)
+            if name != "lm_head":
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, quantized(module))
     model.rotary = RotaryEmbedding(config, 256, CPU)
     return model.eval().requires_grad_(False)
 
 
+def quantized(linear: torch.nn.Linear) -> W4A16Linear:
+    return W4A16Linear.from_quantized(
+        quantize_rtn(linear.weight, 32), backend="reference", device=CPU, dtype=torch.float32
+    )
+
+
 def build_core(
-    *, blocks: int = 64, seqs: int = 4, budget: int = 16, caching: bool = True, max_len: int = 128
-) -> EngineCore:
+    *, blocks: int = 64, seqs: int = 4, budget: int = 16, caching: bool = True,
+    max_len: int = 128, image_bytes: int = 1 << 20,
+) -> EngineCore:  # fmt: skip
     shape = KVCacheShape.of(decoder().config, BLOCK, torch.float32)
-    images = ImageEmbeddingCache(encode, 1 << 20)
+    images = ImageEmbeddingCache(encode, image_bytes)  # type: ignore[arg-type]
     return EngineCore(
         ModelRunner(decoder(), images, KVCache(shape, blocks, CPU), CPU),
         LetterTokenizer(),
@@ -86,7 +99,7 @@ def request(
     request_id: str,
     tokens: Sequence[int],
     pictures: Sequence[tuple[int, Picture]] = (),
-    **params: object,
+    **params: Any,
 ) -> GenerationRequest:
     """`pictures`: (where it starts, picture); the tokens there are replaced by placeholders."""
     token_ids = list(tokens)
@@ -100,7 +113,7 @@ def request(
         request_id,
         token_ids,
         tuple(spans),
-        SamplingParams(**params),  # type: ignore[arg-type]
+        SamplingParams(**params),
     )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,14 @@ from PIL import Image
 
 from models import Engine, SamplingParams, load_engine
 from models.engine.messages import GenerationDelta
-from models.errors import EngineDead, EngineFault, InvalidRequest, RequestAborted, RequestTimeout
+from models.errors import (
+    EngineDead,
+    EngineFault,
+    InvalidRequest,
+    RequestAborted,
+    RequestTimeout,
+    TinyChatError,
+)  # fmt: skip
 from tests.synthetic import write_tiny_llava
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
@@ -39,13 +49,13 @@ def engine(folder: Path) -> Iterator[Engine]:
 def settle(engine: Engine) -> None:
     """Waits for the engine to be idle, then asserts that every block has come back."""
     deadline = time.monotonic() + 10
-    while (stats := engine.stats()).num_running + stats.num_waiting and not stats.dead:
-        assert time.monotonic() < deadline, stats
+    while engine._subscribers or engine._core.has_work:
+        assert time.monotonic() < deadline, engine.stats()
         time.sleep(0.005)
+    stats = engine.stats()
     assert stats.blocks_used == 0
     assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
     engine._core.check_integrity()
-    assert not engine._subscribers
 
 
 def join(deltas: list[GenerationDelta]) -> str:
@@ -73,6 +83,40 @@ def test_messages_can_be_pickled(engine: Engine) -> None:
     assert pickle.loads(pickle.dumps(delta)) == delta
     error = pickle.loads(pickle.dumps(InvalidRequest("prompt", "is empty")))
     assert (error.field, str(error)) == ("prompt", "prompt: is empty")
+
+
+def test_answers_end_where_they_are_told_to(engine: Engine) -> None:
+    whole = join(list(engine.generate("tell me", params=GREEDY)))
+    stop = whole[4:7]
+
+    def ask(**params: Any) -> list[GenerationDelta]:
+        wanted = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True, **params}
+        return list(engine.generate("tell me", params=SamplingParams(**wanted)))
+
+    deltas = ask(stop=(stop, "never said"))
+    assert join(deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish_reason == "stop"
+    fourth = ask()[3].token_ids[0]
+    deltas = ask(stop_token_ids=(fourth,))
+    assert deltas[-1].token_ids == (fourth,) and deltas[-1].finish_reason == "stop"
+    assert whole.startswith(join(deltas)) and len(deltas) <= 4
+    deltas = ask(max_new_tokens=3)
+    assert (len(deltas), deltas[-1].finish_reason) == (3, "length")
+    assert deltas[-1].usage.completion_tokens == 3 and whole.startswith(join(deltas))
+
+
+def test_what_callers_may_ask_about_the_model(engine: Engine) -> None:
+    assert engine.stop_token_ids == {2}
+    (delta, *_) = engine.generate("a <image>", [PICTURE], params=GREEDY)
+    assert engine.count_tokens("a <image>") == delta.usage.prompt_tokens
+
+
+def test_leaving_a_plain_iterator_frees_everything_too(engine: Engine) -> None:
+    stream = engine.generate("tell me", params=LONG)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    settle(engine)
+    assert engine.stats().num_running == 0
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
@@ -179,7 +223,7 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
 
 
 def test_an_engine_that_fails_again_and_again_dies_and_says_so(folder: Path) -> None:
-    engine = load_engine(folder, precision="W16A16", device="cpu", dtype="float32")
+    engine = load_engine(folder, precision="W16A16", device="cpu", dtype="float32", num_threads=1)
 
     def fail(batch: object) -> torch.Tensor:
         raise RuntimeError("pretended")
@@ -195,8 +239,138 @@ def test_an_engine_that_fails_again_and_again_dies_and_says_so(folder: Path) -> 
     assert engine.stats().dead and engine.stats().blocks_used == 0
 
 
+@pytest.mark.parametrize("phase", ["waiting", "prefill", "decode"])
+async def test_an_abort_is_honoured_between_two_steps(folder: Path, phase: str) -> None:
+    with load_engine(
+        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=1, num_threads=1,
+        max_num_batched_tokens=1 if phase == "prefill" else 512,
+    ) as engine:  # fmt: skip
+        first = engine.stream("tell me", params=LONG, request_id="first")
+        if phase == "waiting":
+            await anext(first)
+        prompt = "<image> " + "word " * 60
+        gone = engine.stream(prompt, [PICTURE], LONG, request_id="gone")
+        reading = asyncio.create_task(anext(gone))
+        if phase == "decode":
+            await reading
+            reading = asyncio.create_task(anext(gone))
+        else:
+            scheduler = engine._core.scheduler
+            line = scheduler.waiting if phase == "waiting" else scheduler.running
+            while not any(seq.request_id == "gone" for seq in list(line)):
+                await asyncio.sleep(0.001)
+        core = engine._core
+        honoured: list[int] = []
+        abort = core.abort
+
+        def watched(request_id: str) -> list[GenerationDelta]:
+            honoured.append(core.num_steps)
+            return abort(request_id)
+
+        core.abort = watched  # type: ignore[method-assign]
+        asked = core.num_steps
+        engine.abort("gone")
+        with pytest.raises(RequestAborted):
+            while True:
+                await reading
+                reading = asyncio.create_task(anext(gone))
+        # The step under way when it was asked for, and perhaps one that began at that moment.
+        assert honoured[0] - asked <= 2
+        assert core.scheduler.find("gone") is None
+        await first.aclose()
+        settle(engine)
+
+
+async def test_an_id_in_use_is_refused_and_its_owner_goes_on(engine: Engine) -> None:
+    stream = engine.stream("tell me", params=GREEDY, request_id="mine")
+    deltas = [await anext(stream)]
+    with pytest.raises(InvalidRequest) as caught:
+        await anext(engine.stream("me too", params=GREEDY, request_id="mine"))
+    assert caught.value.field == "request_id"
+    deltas += [delta async for delta in stream]
+    assert deltas[-1].usage.completion_tokens == 12
+    assert join(list(engine.generate("tell me", params=GREEDY, request_id="mine"))) == join(deltas)
+
+
+def test_one_wrong_request_of_a_batch_takes_the_others_back(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest):
+        engine.generate_batch([("tell me", []), ("tell me", []), ("<image>", [])], LONG)
+    settle(engine)
+
+
+def test_every_error_can_be_sent_to_another_process() -> None:
+    for kind in _all_errors():
+        error = kind("prompt", "is empty") if kind is InvalidRequest else kind("it is so")
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (kind, str(error))
+
+
+def _all_errors() -> list[type[TinyChatError]]:
+    found, queue = [], [TinyChatError]
+    while queue:
+        found.append(queue.pop())
+        queue += found[-1].__subclasses__()
+    assert len(found) >= 9
+    return found
+
+
+async def test_a_thread_that_dies_leaves_nobody_waiting(folder: Path) -> None:
+    """Not an exception of a step, which is survived: the loop itself is broken."""
+    engine = load_engine(
+        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=1, num_threads=1
+    )
+
+    def die(batch: object) -> torch.Tensor:
+        raise SystemExit
+
+    running = engine.stream("tell me", params=LONG)
+    await anext(running)
+    waiting = asyncio.create_task(anext(engine.stream("me too", params=LONG)))
+    while engine.stats().num_waiting < 1:
+        await asyncio.sleep(0.001)
+    engine._core.runner.run = die  # type: ignore[method-assign,assignment]
+    for reading in (waiting, _rest(running)):
+        with pytest.raises(EngineDead, match="the engine has died of SystemExit"):
+            await reading
+    assert engine.stats().dead and engine.stats().blocks_used == 0
+    errors = []
+    for _ in range(3):  # a health check may be asked for hours
+        with pytest.raises(EngineDead) as caught:
+            engine.check_health()
+        errors.append(caught.value)
+    frames = [len(list(traceback.walk_tb(error.__traceback__))) for error in errors]
+    assert len({id(error) for error in errors}) == 3 and len(set(frames)) == 1
+    engine.close()
+
+
+async def _rest(stream: AsyncIterator[GenerationDelta]) -> list[GenerationDelta]:
+    return [delta async for delta in stream]
+
+
+async def test_closing_refuses_what_is_still_being_prepared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller is told that the engine is dead, and not that he himself was cancelled."""
+    engine = load_engine(folder, precision="W16A16", device="cpu", dtype="float32", num_threads=1)
+    prepare, go_on = engine._preparer.prepare, threading.Event()
+
+    def slow(*args: object, **options: object) -> object:
+        assert go_on.wait(10)
+        return prepare(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(engine._preparer), "prepare", lambda self, *a, **o: slow(*a, **o))
+    preparing = [asyncio.create_task(anext(engine.stream("hello"))) for _ in range(12)]
+    await asyncio.sleep(0)
+    engine.close()
+    go_on.set()
+    results = await asyncio.gather(*preparing, return_exceptions=True)
+    assert [type(result) for result in results] == [EngineDead] * 12
+
+
 async def test_closing_ends_what_is_left(folder: Path) -> None:
-    engine = load_engine(folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=1)
+    engine = load_engine(
+        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=1, num_threads=1
+    )
     streams = [engine.stream("tell me", params=LONG) for _ in range(3)]
     await anext(streams[0])
     waiting = [asyncio.create_task(anext(stream)) for stream in streams[1:]]

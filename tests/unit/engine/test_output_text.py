@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from models.engine.output_text import OutputText
+from models.engine.output_text import REPLACEMENT, OutputText
+from models.prompts import Tokenizer
+from models.prompts.huggingface import HuggingFaceTokenizer
+from models.prompts.sentencepiece_ import SentencePieceTokenizer
+from tests.synthetic import TOKENIZER_TEXT, tokenizer_model
 
 
 class ByteTokenizer:
@@ -89,3 +99,154 @@ def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stop: list[s
             break
     assert got == (text[: min(ends)] if ends else text)
     assert output.stopped == bool(ends)
+
+
+# ---- real tokenizers ------------------------------------------------------------------------
+
+
+class ChunkTokenizer:
+    """Any cut of a text's bytes into tokens, as merges of a byte-level BPE may cut them."""
+
+    def __init__(self, chunks: Sequence[bytes]) -> None:
+        self.chunks = chunks
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return b"".join(self.chunks[i] for i in ids).decode("utf-8", errors="replace")
+
+
+@cache
+def sentencepiece() -> Tokenizer:
+    return SentencePieceTokenizer(tokenizer_model())
+
+
+@cache
+def byte_level() -> Tokenizer:
+    """Llama-3's and Qwen2's kind."""
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        TOKENIZER_TEXT.split("\n"),
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<|end|>"], show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # fmt: skip
+    return HuggingFaceTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    )
+
+
+@cache
+def byte_fallback() -> Tokenizer:
+    """Llama-2's kind in transformers' own format."""
+    from tokenizers import normalizers
+
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokenizer = FastTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        TOKENIZER_TEXT.split("\n"),
+        trainers.BpeTrainer(
+            vocab_size=500, special_tokens=[*special, *bytes_], show_progress=False
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    return HuggingFaceTokenizer(fast)
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "sentencepiece": sentencepiece, "byte level": byte_level, "byte fallback": byte_fallback,
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", KINDS)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+def stream(tokenizer: Tokenizer | ChunkTokenizer, ids: Sequence[int]) -> str:
+    """The pieces joined; each piece is checked to be final, since it is a client's already."""
+    output = OutputText(tokenizer)
+    return "".join([*(output.append(i) for i in ids), output.finish()])
+
+
+@settings(max_examples=150)
+@given(texts, st.data())
+def test_any_cut_of_a_text_into_tokens_streams_to_that_text(text: str, data: st.DataObject) -> None:
+    raw = text.encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw))))))
+    edges = [0, *(cut for cut in cuts if cut < len(raw)), len(raw)]
+    tokenizer = ChunkTokenizer([raw[a:b] for a, b in pairwise(edges)])
+    output = OutputText(tokenizer)
+    pieces = [output.append(i) for i in range(len(tokenizer.chunks))]
+    if REPLACEMENT not in text:
+        assert not any(REPLACEMENT in piece for piece in pieces)
+        assert "".join(pieces) == text, "whole characters are not held back"
+    assert "".join([*pieces, output.finish()]) == text
+
+
+def test_characters_cut_across_every_token_come_one_token_late() -> None:
+    """Each token ends one character and begins the next, for longer than any character is."""
+    raw = "猫犬鳥魚虫馬".encode()
+    chunks = [raw[:1], *(raw[i : i + 3] for i in range(1, len(raw), 3))]
+    output = OutputText(ChunkTokenizer(chunks))
+    assert [output.append(i) for i in range(len(chunks))] == ["", *"猫犬鳥魚虫馬"]
+
+
+def test_broken_bytes_do_not_swallow_the_character_behind_them() -> None:
+    raw = b"\xff\xf0\x9f\x98\x80!"
+    assert stream(ByteTokenizer(), raw) == f"{REPLACEMENT}\N{GRINNING FACE}!"  # type: ignore[arg-type]
+
+
+@every_kind
+@settings(max_examples=60)
+@given(text=texts)
+def test_a_text_streams_to_itself(kind: str, text: str) -> None:
+    """Every character outside of the small vocabulary goes by its bytes."""
+    tokenizer = KINDS[kind]()
+    ids = [i for i in tokenizer.encode(text) if i != tokenizer.bos_token_id]
+    assert stream(tokenizer, ids) == tokenizer.decode(ids)
+    if "\u2581" not in text and kind != "byte fallback":
+        assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 399), max_size=25))
+def test_any_sentencepiece_tokens_stream_to_their_text(ids: list[int]) -> None:
+    """Broken bytes, unknown and control tokens, spaces: whatever a model may say."""
+    assert stream(sentencepiece(), ids) == sentencepiece().decode(ids)
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 399), max_size=25))
+def test_any_byte_level_tokens_stream_to_their_text(ids: list[int]) -> None:
+    assert stream(byte_level(), ids) == byte_level().decode(ids)
+
+
+@every_kind
+@settings(max_examples=60)
+@given(garbage=st.lists(st.integers(3, 258), max_size=12), text=st.sampled_from(["red cat", "a b"]))
+def test_words_behind_broken_bytes_are_not_lost(kind: str, garbage: list[int], text: str) -> None:
+    tokenizer = KINDS[kind]()
+    words = [i for i in tokenizer.encode(text) if i != tokenizer.bos_token_id]
+    assert stream(tokenizer, [*garbage, *words]).endswith(text)
+
+
+@every_kind
+def test_a_space_behind_a_token_without_text_survives(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    red, blue = (
+        [i for i in tokenizer.encode(word) if i != tokenizer.bos_token_id]
+        for word in ("red", " blue" if kind == "byte level" else "blue")
+    )
+    (end,) = tokenizer.eos_token_ids
+    assert (
+        stream(tokenizer, [*red, end, *blue]) == "red blue" == tokenizer.decode([*red, end, *blue])
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,12 +18,12 @@ from tests.unit.engine.harness import LetterTokenizer
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -6.0])
 
 
-def sequence(tokens: list[int] | None = None, **params: object) -> Sequence:
-    request = GenerationRequest("r", tokens or [0], (), SamplingParams(**params))  # type: ignore[arg-type]
+def sequence(tokens: list[int] | None = None, **params: Any) -> Sequence:
+    request = GenerationRequest("r", tokens or [0], (), SamplingParams(**params))
     return Sequence(request, LetterTokenizer(), 4, 64)
 
 
-def draws(n: int = 4000, **params: object) -> torch.Tensor:
+def draws(n: int = 4000, **params: Any) -> torch.Tensor:
     """Shares of each token over n seeds."""
     seqs = [sequence(seed=seed, **params) for seed in range(n)]
     tokens = Sampler().sample(LOGITS.repeat(n, 1), seqs)
@@ -49,11 +51,10 @@ def test_greedy_takes_the_likeliest() -> None:
         ({"min_p": 0.3}, 2),
         ({"top_k": 3, "top_p": 0.99}, 3),
         ({"top_k": 100}, 5),
+        ({"top_k": 10**30, "top_p": 0.7}, 2),
     ],
 )
-def test_filters_keep_the_likeliest_and_their_ratios(
-    params: dict[str, float], allowed: int
-) -> None:
+def test_filters_keep_the_likeliest_and_their_ratios(params: dict[str, Any], allowed: int) -> None:
     expected = LOGITS.softmax(-1)
     expected[allowed:] = 0
     assert torch.allclose(draws(temperature=1.0, **params), expected / expected.sum(), atol=0.03)
@@ -61,7 +62,7 @@ def test_filters_keep_the_likeliest_and_their_ratios(
 
 def test_a_row_is_drawn_the_same_in_any_company() -> None:
     torch.manual_seed(0)
-    filters: list[dict[str, object]] = [
+    filters: list[dict[str, Any]] = [
         {}, {"top_k": 3}, {"temperature": 0.0}, {"top_p": 0.5}, {"min_p": 0.2},
         {"repetition_penalty": 1.5},
     ]  # fmt: skip
@@ -71,6 +72,16 @@ def test_a_row_is_drawn_the_same_in_any_company() -> None:
     together = Sampler().sample(logits.clone(), seqs)
     one_by_one = [Sampler().sample(logits[i : i + 1].clone(), [s])[0] for i, s in enumerate(seqs)]
     assert together == one_by_one
+
+
+def test_every_token_of_an_answer_is_drawn_anew() -> None:
+    seq = sequence(seed=7)
+    drawn = []
+    for _ in range(64):
+        drawn += Sampler().sample(torch.zeros(1, 10), [seq])
+        seq.token_ids.append(drawn[-1])
+    assert drawn == [int(10 * uniform(7, index)) for index in range(64)]
+    assert len(set(drawn)) == 10
 
 
 def test_the_penalty_follows_its_formula() -> None:
@@ -103,12 +114,19 @@ def test_uniform_numbers_are_uniform_and_reproducible() -> None:
         ("min_p", 2), ("repetition_penalty", 0), ("max_new_tokens", -1), ("max_new_tokens", "5"),
         ("max_new_tokens", 5.0), ("stop", 3), ("stop", ["a", 1]), ("stop", ["x"] * 17),
         ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("seed", 1.5),
+        ("temperature", float("inf")), ("temperature", 10**400), ("temperature", -(10**400)),
+        ("top_p", float("nan")), ("top_p", 10**400), ("min_p", -0.1), ("min_p", float("nan")),
+        ("repetition_penalty", float("inf")), ("repetition_penalty", None), ("top_k", True),
+        ("stop", {"a": 1}), ("stop", ["x" * 1025]), ("stop", [None]), ("stop_token_ids", 5),
+        ("stop_token_ids", None), ("stop_token_ids", "5"), ("stop_token_ids", [True]),
+        ("seed", "5"), ("seed", True),
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert caught.value.field == field and str(caught.value).startswith(f"{field}: ")
+    assert len(str(caught.value)) < 250, "the value is not sent back at length"
 
 
 def test_a_single_stop_string_is_one_string() -> None:

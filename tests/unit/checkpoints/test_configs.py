@@ -1,0 +1,179 @@
+"""Every wrong value in a JSON file is reported with its key and its file; nothing in it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.checkpoints import open_checkpoint
+from models.errors import CheckpointError
+from models.json_config import JsonConfig
+from models.vision import load_vision
+from tests.synthetic import rewrite_json, write_tiny_llava, write_tiny_vila
+
+TOWER = "clip-tiny/config.json"
+PROCESSOR = "clip-tiny/preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"hidden_size": None}, "config.json lacks 'hidden_size'"),
+        ("config.json", {"vocab_size": "400"}, "vocab_size is '400'; it must be of type int"),
+        ("config.json", {"num_hidden_layers": True}, "num_hidden_layers is True; it must be"),
+        ("config.json", {"num_key_value_heads": "two"}, "model_type is 'llava'; its config does"),
+        ("config.json", {"architectures": ["LlavaMptForCausalLM"]}, "model family 'mpt'"),
+        ("config.json", {"architectures": [], "model_type": "bert"}, "family 'bert'; known: llama"),
+        ("config.json", {"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'"),
+        ("config.json", {"mm_vision_select_layer": -5}, "mm_vision_select_layer is -5; the tower"),
+        ("config.json", {"mm_vision_select_layer": 4}, "mm_vision_select_layer is 4; the tower"),
+        ("config.json", {"mm_vision_select_feature": "cls"}, "known: patch, cls_patch"),
+        ("config.json", {"mm_projector_type": "resampler"}, "mm_projector_type 'resampler'; known"),
+        ("config.json", {"mm_vision_tower": 3}, "mm_vision_tower is 3; it must be of type str"),
+        (TOWER, {"model_type": "vit"}, "unknown vision tower 'vit'; known: clip, siglip"),
+        (TOWER, {"model_type": None}, f"{TOWER} lacks 'model_type'"),
+        (TOWER, {"hidden_size": "wide"}, f"{TOWER}: model_type is 'clip_vision_model'; its config"),
+        (TOWER, {"image_size": 48}, f"{PROCESSOR} makes pictures of 32 pixels, but"),
+        (PROCESSOR, {"do_normalize": False}, f"{PROCESSOR}: do_normalize is False; only true"),
+        (PROCESSOR, {"do_center_crop": False}, "do_center_crop is False; without it"),
+        (PROCESSOR, {"crop_size": 64}, "crop_size is 64; it must not be above size (32)"),
+        (PROCESSOR, {"size": {"longest_edge": 3}}, "size is {'longest_edge': 3}; it must"),
+        (PROCESSOR, {"size": {"height": 32, "width": 30}}, "it must be a number of pixels"),
+        (PROCESSOR, {"size": 0}, "size is 0; it must be a number of pixels"),
+        (PROCESSOR, {"image_mean": [0.5]}, "image_mean is [0.5]; it must be three numbers"),
+        (PROCESSOR, {"image_std": None}, f"{PROCESSOR} lacks 'image_std'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)  # fmt: skip
+def test_a_wrong_value_is_reported_with_its_key(
+    file: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    rewrite_json(folder / file, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint = open_checkpoint(folder, precision="W16A16")
+        load_vision(checkpoint, torch.device("cpu"), torch.float32)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", TOWER, PROCESSOR])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "must hold a JSON object")],
+)
+def test_a_file_that_is_no_config_is_named(
+    file: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    path = write_tiny_llava(tmp_path / "tiny") / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=f"^{file} {message}"):
+        open_checkpoint(tmp_path / "tiny")
+
+
+def test_code_named_by_a_config_is_never_imported(tmp_path: Path) -> None:
+    for folder in (write_tiny_llava(tmp_path / "llava"), write_tiny_vila(tmp_path / "vila")):
+        marker = tmp_path / "owned"
+        for part in [folder, *(f for f in folder.iterdir() if f.is_dir())]:
+            (part / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+        for config in folder.rglob("config.json"):
+            rewrite_json(config, auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
+        open_checkpoint(folder)
+        assert not marker.exists()
+
+
+def test_a_config_is_read_by_type() -> None:
+    config = JsonConfig({"i": 3, "f": 0.5, "b": True, "none": None, "sub": {"x": 1}}, "a.json")
+    assert config.get("f", float, 0.0) == 0.5
+    assert config.get("i", float, 0.0) == 3.0 and isinstance(config.get("i", float, 0.0), float)
+    assert config.get("none", int, 7) == 7 and "none" not in config
+    with pytest.raises(CheckpointError, match="a.json: b is True; it must be of type int"):
+        config.get("b", int, 0)
+    with pytest.raises(CheckpointError, match=r"a.json \(sub\) lacks 'y'"):
+        config.sub("sub").require("y", int)
+
+
+@pytest.mark.parametrize(
+    ("keys", "length"),
+    [
+        ({}, 1024),
+        ({"max_position_embeddings": 512}, 512),
+        ({"max_sequence_length": 300}, 300),
+        ({"model_max_length": 200}, 200),
+        ({"max_sequence_length": 300, "model_max_length": 200}, 300),
+    ],
+)
+def test_the_context_is_what_the_config_says_most_plainly(
+    keys: dict[str, int], length: int, tmp_path: Path
+) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    rewrite_json(folder / "config.json", **keys)
+    assert open_checkpoint(folder).spec.context_length == length
+
+
+def test_a_longer_model_max_length_scales_vilas_positions(tmp_path: Path) -> None:
+    """VILA's rule (context_length_extension): linear, by the rounded-up ratio."""
+    folder = write_tiny_vila(tmp_path / "vila-tiny", context_length=1024)
+    path = folder / "llm/config.json"
+    assert open_checkpoint(folder).spec.language.rope_parameters["rope_type"] == "default"
+    rewrite_json(path, model_max_length=2500)
+    spec = open_checkpoint(folder).spec
+    assert spec.context_length == 2500
+    assert spec.language.rope_parameters["rope_type"] == "linear"
+    assert spec.language.rope_parameters["factor"] == 3.0
+    rewrite_json(path, rope_scaling={"type": "dynamic", "factor": 8.0})
+    spec = open_checkpoint(folder).spec
+    assert spec.language.rope_parameters["rope_type"] == "dynamic"
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_old_and_new_spellings_of_rope_scaling_are_read(key: str, tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    rewrite_json(
+        folder / "config.json", rope_theta=5000.0, rope_scaling={key: "linear", "factor": 4.0}
+    )
+    parameters = open_checkpoint(folder).spec.language.rope_parameters
+    assert (parameters["rope_type"], parameters["factor"]) == ("linear", 4.0)
+    assert parameters["rope_theta"] == 5000.0
+
+
+def test_tied_embeddings_are_upstreams_default_no(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    rewrite_json(folder / "config.json", tie_word_embeddings=None)
+    assert open_checkpoint(folder).spec.language.tie_word_embeddings is False
+
+
+def test_a_whole_clip_config_is_read_by_its_vision_half(tmp_path: Path) -> None:
+    import json
+
+    folder = write_tiny_llava(tmp_path / "tiny")
+    half = json.loads((folder / TOWER).read_text())
+    (folder / TOWER).write_text(json.dumps({
+        "model_type": "clip", "projection_dim": 32, "text_config": {"hidden_size": 7},
+        "vision_config": {**half, "model_type": "clip_vision_model"},
+    }))  # fmt: skip
+    assert open_checkpoint(folder).spec.vision.config.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, ("shortest_edge", 32, 32)),
+        ({"size": 32, "crop_size": 32}, ("shortest_edge", 32, 32)),
+        ({"size": {"shortest_edge": 40}}, ("shortest_edge", 40, 32)),
+        ({"size": {"height": 40, "width": 40}}, ("square", 40, 32)),
+        ({"size": {"height": 32, "width": 32}, "do_center_crop": False}, ("square", 32, 32)),
+    ],
+)
+def test_sizes_in_all_their_spellings(
+    change: dict[str, Any], expected: tuple[str, int, int], tmp_path: Path
+) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    rewrite_json(folder / PROCESSOR, **change)
+    preprocessing = open_checkpoint(folder).spec.vision.preprocessing
+    assert (preprocessing.resize, preprocessing.size, preprocessing.crop_size) == expected

@@ -1,0 +1,303 @@
+"""Which layout a folder is of, what its configs say, and where its files lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from models.checkpoints import locations, open_checkpoint
+from models.checkpoints.template_choice import choose_template
+from models.errors import CheckpointError, ConfigurationError
+from tests.synthetic import awq_file, rewrite_json, write_tiny_llava, write_tiny_vila
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    return write_tiny_llava(tmp_path / "llava-tiny")
+
+
+@pytest.fixture
+def vila(tmp_path: Path) -> Path:
+    return write_tiny_vila(tmp_path / "vila1.5-tiny")
+
+
+# ---- layouts and what they say --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["W4A16", "W16A16"])
+def test_a_flat_folder_is_llava(llava: Path, precision: str) -> None:
+    spec = open_checkpoint(llava, precision=precision).spec  # type: ignore[arg-type]
+    assert (spec.layout, spec.name, spec.precision) == ("llava", "llava-tiny", precision)
+    assert spec.vision.config.model_type == "clip_vision_model"
+    assert (spec.vision.select_layer, spec.vision.select_feature) == (-2, "patch")
+    assert spec.vision.preprocessing.mode == "pad"
+    assert (spec.projector.kind, spec.projector.token_order) == ("mlp2x_gelu", "row")
+    assert (spec.projector.in_features, spec.projector.out_features) == (64, 256)
+    assert spec.tokenizer_path == llava and spec.context_length == 1024
+    assert spec.prompt.template == "vicuna_v1"
+
+
+@pytest.mark.parametrize("precision", ["W4A16", "W16A16"])
+def test_three_folders_are_vila(vila: Path, precision: str) -> None:
+    spec = open_checkpoint(vila, precision=precision).spec  # type: ignore[arg-type]
+    assert (spec.layout, spec.name) == ("vila", "vila1.5-tiny")
+    assert spec.vision.config.model_type == "siglip_vision_model"
+    assert (spec.vision.select_layer, spec.vision.select_feature) == (-2, "cls_patch")
+    assert spec.vision.preprocessing.mode == "resize"
+    assert (spec.projector.kind, spec.projector.token_order) == ("mlp_downsample", "column")
+    assert spec.tokenizer_path == vila / "llm"
+
+
+def test_defaults_of_keys_that_old_llava_configs_lack(llava: Path) -> None:
+    """LLaVA's own: a linear projector, layer -2, patches, the processor's own preprocessing."""
+    rewrite_json(
+        llava / "config.json", mm_projector_type=None, mm_vision_select_layer=None,
+        mm_vision_select_feature=None, image_aspect_ratio=None, mm_use_im_patch_token=None,
+    )  # fmt: skip
+    spec = open_checkpoint(llava).spec
+    assert spec.projector.kind == "linear"
+    assert (spec.vision.select_layer, spec.vision.select_feature) == (-2, "patch")
+    assert spec.vision.preprocessing.mode == "default"
+    assert spec.prompt.use_im_patch_token is True
+
+
+@pytest.mark.parametrize(
+    "key",
+    [{"min_tiles": 1}, {"max_tiles": 12}, {"video_max_tiles": 1}, {"num_time_tokens": 0},
+     {"dynamic_s2": False}],
+    ids=str,
+)  # fmt: skip
+def test_vila_of_nvilas_era_goes_row_by_row(vila: Path, key: dict[str, object]) -> None:
+    assert open_checkpoint(vila).spec.projector.token_order == "column"
+    rewrite_json(vila / "config.json", **key)
+    assert open_checkpoint(vila).spec.projector.token_order == "row"
+
+
+def test_the_order_of_tokens_can_be_overridden(vila: Path) -> None:
+    assert open_checkpoint(vila, token_order="row").spec.projector.token_order == "row"
+    rewrite_json(vila / "config.json", min_tiles=1)
+    assert open_checkpoint(vila, token_order="column").spec.projector.token_order == "column"
+    with pytest.raises(ConfigurationError, match="token_order is 'diagonal'"):
+        open_checkpoint(vila, token_order="diagonal")  # type: ignore[arg-type]
+
+
+def test_a_folder_of_no_known_layout_says_what_is_missing(llava: Path) -> None:
+    rewrite_json(llava / "config.json", mm_vision_tower=None)
+    with pytest.raises(CheckpointError, match=r"no known layout \(vila, llava\).*mm_vision_tower"):
+        open_checkpoint(llava)
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("llava-v1.5-7b", "vicuna_v1"),
+        ("llava-v1.6-vicuna-13b", "vicuna_v1"),
+        ("VILA1.5-3b", "vicuna_v1"),
+        ("vila-1.5-13b-AWQ", "vicuna_v1"),
+        ("anything", "vicuna_v1"),
+        ("llava-7b-v1", "llava_v1"),
+        ("llava-v1-0719-336px-lora-merge-vicuna-13b-v1.3", "llava_v1"),
+        ("LLaVA-7B-v0", "llava_v0"),
+        ("llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
+        ("Llama-3-VILA1.5-8B-AWQ", "llama_3"),
+        ("vila1.5-8b", "llama_3"),
+        ("VILA1.5-40b", "chatml_direct"),
+        ("llava-v1.6-34b", "chatml_direct"),
+    ],
+)
+def test_templates_by_the_models_names(name: str, template: str) -> None:
+    assert choose_template(name, LlamaConfig(vocab_size=32000)) == template
+
+
+def test_a_vocabulary_of_llama_3_speaks_for_its_template() -> None:
+    assert choose_template("my-model", LlamaConfig(vocab_size=128_256)) == "llama_3"
+
+
+def test_the_template_can_be_overridden(llava: Path) -> None:
+    assert open_checkpoint(llava, template="llava_v0").spec.prompt.template == "llava_v0"
+
+
+# ---- the tower's folder ---------------------------------------------------------------------
+
+
+def test_a_relative_tower_is_counted_from_the_checkpoints_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_llava(tmp_path / "llava-tiny", tower_inside=False)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "clip-tiny").mkdir(parents=True)  # of the same name, and empty
+    monkeypatch.chdir(elsewhere)
+    checkpoint = open_checkpoint(folder)
+    name = "embeddings.patch_embedding.weight"
+    assert checkpoint.vision.file_of(name) == "clip-tiny/model.safetensors"
+    assert checkpoint.vision.shape(name) == (64, 3, 8, 8)
+
+
+def test_a_tower_may_be_named_by_an_absolute_path(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "llava-tiny", tower_inside=False)
+    tower = (folder / "clip-tiny").rename(tmp_path / "clip-elsewhere")
+    rewrite_json(folder / "config.json", mm_vision_tower=str(tower))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.vision.shape("pre_layrnorm.weight") == (64,)
+
+
+def test_a_tower_inside_the_checkpoint_goes_before_its_folder(tmp_path: Path) -> None:
+    """Fine-tuned towers are saved with the model; the folder has the original."""
+    folder = write_tiny_llava(tmp_path / "llava-tiny", tower_inside=True)
+    other = write_tiny_llava(tmp_path / "other", tower_inside=False, seed=1)
+    name = "clip-tiny/model.safetensors"
+    (other / name).rename(folder / name)
+    vision = open_checkpoint(folder).vision
+    assert vision.file_of("pre_layrnorm.weight") == "model.safetensors"
+
+
+def test_the_text_half_of_a_whole_clip_is_passed_over(tmp_path: Path) -> None:
+    from tests.synthetic import rewrite_tensors
+
+    folder = write_tiny_llava(tmp_path / "llava-tiny", tower_inside=False)
+    rewrite_tensors(
+        folder / "clip-tiny/model.safetensors",
+        lambda tensors: tensors.update({
+            "text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(1),
+            "visual_projection.weight": torch.ones(4, 4),
+        }),
+    )  # fmt: skip
+    names = open_checkpoint(folder).vision.names()
+    assert "pre_layrnorm.weight" in names
+    assert not any("text" in n or "logit" in n or "projection" in n for n in names)
+
+
+def test_a_tower_that_is_nowhere_is_named_by_its_key(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locations, "HF_HUB_OFFLINE", True)
+    rewrite_json(llava / "config.json", mm_vision_tower="openai/clip-vit-none")
+    with pytest.raises(CheckpointError, match=r"mm_vision_tower in config\.json.*HF_HUB_OFFLINE"):
+        open_checkpoint(llava)
+    rewrite_json(llava / "config.json", mm_vision_tower="./clip nowhere")
+    with pytest.raises(CheckpointError, match=r"mm_vision_tower in config\.json '\./clip nowhere'"):
+        open_checkpoint(llava)
+
+
+# ---- paths and Hub ids ----------------------------------------------------------------------
+
+
+def test_a_hub_id_comes_from_the_local_cache_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--someone--llava-v1-tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    write_tiny_llava(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(locations, "HF_HUB_OFFLINE", True)
+    spec = open_checkpoint("someone/llava-v1-tiny").spec
+    assert (spec.name, spec.prompt.template) == ("llava-v1-tiny", "llava_v1")
+    # The same folder by its path has the model's name too, not the commit's.
+    assert open_checkpoint(cached / "snapshots" / commit).spec.name == "llava-v1-tiny"
+    with pytest.raises(CheckpointError, match="someone/else.*HF_HUB_OFFLINE is set"):
+        open_checkpoint("someone/else")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "nowhere", "a/b/c", "~/nothing here"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
+    with pytest.raises(CheckpointError, match=f"model_path '{path}' is no folder"):
+        open_checkpoint(path)
+
+
+def test_home_and_relative_paths_are_understood(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(llava.parent))
+    monkeypatch.chdir(llava.parent)
+    for path in ("~/llava-tiny", "llava-tiny", "./llava-tiny/"):
+        assert open_checkpoint(path).spec.name == "llava-tiny"
+
+
+# ---- the file of 4-bit weights --------------------------------------------------------------
+
+
+def test_quant_path_may_be_a_file_or_a_folder_from_here_or_from_the_checkpoint(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "quant"
+    elsewhere.mkdir()
+    awq_file(llava).rename(elsewhere / "weights.pt")
+    with pytest.raises(CheckpointError, match="precision is W4A16, but there are no 4-bit weights"):
+        open_checkpoint(llava)
+    monkeypatch.chdir(tmp_path)
+    for path in (elsewhere, elsewhere / "weights.pt", "quant", "quant/weights.pt", "../quant"):
+        language = open_checkpoint(llava, path).language
+        assert language.is_quantized("model.layers.0.mlp.up_proj")
+        assert os.path.basename(language.where) == "weights.pt"
+
+
+def test_quant_path_must_lead_to_4_bit_weights(llava: Path, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match=r"quant_path '\S*plain.pt' holds no 4-bit weights"):
+        open_checkpoint(llava, tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match="is a folder without a .pt file of 4-bit weights"):
+        open_checkpoint(llava, tmp_path)
+    with pytest.raises(CheckpointError, match="quant_path 'none.pt' is neither"):
+        open_checkpoint(llava, "none.pt")
+
+
+def test_a_v2_file_goes_before_others_and_two_of_a_kind_must_be_told_apart(llava: Path) -> None:
+    v2 = awq_file(llava)
+    other = llava / "a-first-w4-g128.pt"
+    other.write_bytes(v2.read_bytes())
+    torch.save({"scale": torch.zeros(2)}, llava / "awq-search.pt")  # no weights: passed over
+    assert open_checkpoint(llava).language.where == v2.name
+    v2.rename(llava / "b-w4-g128.pt")
+    with pytest.raises(CheckpointError, match=f"{other.name}, b-w4-g128.pt; name one of them"):
+        open_checkpoint(llava)
+
+
+def test_the_format_is_told_by_the_tensors_and_not_by_the_name(llava: Path) -> None:
+    awq_file(llava).rename(llava / "weights.pt")
+    language = open_checkpoint(llava).language
+    assert language.is_quantized("model.layers.0.mlp.up_proj")
+    assert language.quantized("model.layers.0.mlp.up_proj").group_size == 128
+
+
+def test_vilas_quantised_weights_lie_in_llm_or_beside_it(vila: Path) -> None:
+    path = awq_file(vila)
+    assert open_checkpoint(vila).language.where == f"llm/{path.name}"
+    assert open_checkpoint(vila, vila / "llm").language.where == f"llm/{path.name}"
+    path.rename(vila / path.name)
+    assert open_checkpoint(vila).language.where == path.name
+
+
+def test_a_stale_index_beside_the_awq_file_does_no_harm(tmp_path: Path) -> None:
+    vila = write_tiny_vila(tmp_path / "vila1.5-tiny", awq_only=True)
+    assert (vila / "llm/model.safetensors.index.json").is_file()
+    assert not list((vila / "llm").glob("*.safetensors"))
+    assert open_checkpoint(vila).language.is_quantized("model.layers.0.mlp.up_proj")
+    with pytest.raises(CheckpointError, match="precision is W16A16, but there are no 16-bit"):
+        open_checkpoint(vila, precision="W16A16")
+
+
+@pytest.mark.parametrize("layout", ["llava", "vila"])
+def test_each_precision_says_what_it_lacks(layout: str, tmp_path: Path) -> None:
+    write = write_tiny_llava if layout == "llava" else write_tiny_vila
+    folder = write(tmp_path / "sixteen", awq=False)
+    with pytest.raises(CheckpointError, match="give|Give the file as quant_path, or set precision"):
+        open_checkpoint(folder)
+    folder = write(tmp_path / "four", awq_only=True)
+    with pytest.raises(CheckpointError, match="precision is W16A16.*set precision: W4A16"):
+        open_checkpoint(folder, precision="W16A16")
+    with pytest.raises(ConfigurationError, match="precision is 'W8A8'; it must be one of"):
+        open_checkpoint(folder, precision="W8A8")  # type: ignore[arg-type]
+
+
+def test_4_bit_tensors_among_the_16_bit_files_are_not_served_as_16_bit(llava: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(torch.load(awq_file(llava), weights_only=True), llava / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is in 4 bits; set precision: W4A16"):
+        open_checkpoint(llava, precision="W16A16")

@@ -1,0 +1,214 @@
+"""Files of tensors are read, and never run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.awq.formats import TensorHeader
+from models.checkpoints import open_checkpoint
+from models.checkpoints.tensor_files import (
+    SafetensorsFile,
+    TensorFile,
+    TensorStore,
+    TorchFile,
+    open_folder,
+    open_tensor_file,
+)  # fmt: skip
+from models.errors import CheckpointError
+from tests.synthetic import awq_file, write_tensors, write_tiny_llava, write_tiny_vila
+
+
+class Attack:
+    """Unpickled, it runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self.command,)
+
+
+WAYS: dict[str, Callable[[object, Path], object]] = {
+    "zip": torch.save,
+    "before torch 1.6": lambda value, path: torch.save(
+        value, path, _use_new_zipfile_serialization=False
+    ),
+    "bare pickle": lambda value, path: path.write_bytes(pickle.dumps(value)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", ["alone", "among tensors"])
+def test_a_file_that_would_run_a_command_is_refused_and_does_not_run(
+    way: str, place: str, tmp_path: Path
+) -> None:
+    marker, path = tmp_path / "owned", tmp_path / "llava-w4-g128-awq-v2.pt"
+    attack = Attack(f"touch {marker}")
+    WAYS[way](attack if place == "alone" else {"a": torch.zeros(2), "b": attack}, path)
+    with pytest.raises(CheckpointError) as caught:
+        open_tensor_file(path, path.name)
+    assert not marker.exists()
+    assert caught.value.args[0].startswith(path.name) and "refused" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+    with pytest.raises((AttributeError, EOFError, pickle.UnpicklingError, TypeError, RuntimeError)):
+        torch.load(path, weights_only=True)["b"]
+    if way == "bare pickle":
+        pickle.loads(path.read_bytes())
+        assert marker.exists(), "the attack itself works, so that the refusal means something"
+
+
+@pytest.mark.parametrize("layout", ["llava", "vila"])
+@pytest.mark.parametrize("kind", ["awq", "bin"])
+def test_an_attack_inside_a_checkpoint_is_refused(layout: str, kind: str, tmp_path: Path) -> None:
+    marker = tmp_path / "owned"
+    write = write_tiny_llava if layout == "llava" else write_tiny_vila
+    folder = write(tmp_path / "tiny", file_format="bin")
+    path = awq_file(folder) if kind == "awq" else next(folder.rglob("pytorch_model.bin"))
+    torch.save({"model.norm.weight": Attack(f"touch {marker}")}, path)
+    with pytest.raises(CheckpointError, match="refused"):
+        open_checkpoint(folder, precision="W4A16" if kind == "awq" else "W16A16")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], "must hold a dict of tensors"),
+        ({"a": 3}, "'a' in x.pt is not a dense tensor"),
+        ({3: torch.zeros(2)}, "3 in x.pt is not a dense tensor"),
+        ({"a": {"b": torch.zeros(2)}}, "'a' in x.pt is not a dense tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' in x.pt is not a dense tensor"),
+    ],
+)
+def test_only_a_flat_dict_of_dense_tensors_will_do(
+    content: object, message: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        TorchFile(tmp_path / "x.pt", "x.pt")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_damaged_files_are_named(suffix: str, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "safetensors":
+        save_file({"a": torch.zeros(1000)}, path)
+    else:
+        torch.save({"a": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    damaged = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"version https://git"}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(CheckpointError) as caught:
+        open_tensor_file(path, "folder/x")
+    assert str(caught.value).startswith("folder/x ")
+    assert str(tmp_path) not in str(caught.value)
+    assert not re.search(r"0x[0-9a-f]{6}", str(caught.value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int16])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "before torch 1.6"])
+def test_headers_and_data_come_as_they_were_written(
+    dtype: torch.dtype, kind: str, tmp_path: Path
+) -> None:
+    value = torch.arange(-6, 6).view(3, 4).to(dtype)
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.bin")
+    if kind == "safetensors":
+        save_file({"a": value}, path)
+    else:
+        WAYS[kind]({"a": value}, path)
+    file = open_tensor_file(path, "x")
+    assert isinstance(file, SafetensorsFile if kind == "safetensors" else TorchFile)
+    assert file.headers["a"] == ((3, 4), dtype)
+    assert torch.equal(file.read("a"), value) and file.read("a").dtype == dtype
+
+
+class MemoryFile(TensorFile):
+    def __init__(self, label: str, *names: str) -> None:
+        self.path, self.label = Path(label), label
+        self.headers = {name: TensorHeader((2,), torch.float32) for name in names}
+
+    def read(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_a_tensor_in_two_files_is_an_error_that_names_both() -> None:
+    with pytest.raises(CheckpointError, match="^b is both in one and in two"):
+        TensorStore.of("here", [MemoryFile("one", "a", "b"), MemoryFile("two", "b")])
+
+
+# ---- folders --------------------------------------------------------------------------------
+
+
+def tensors(*names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.full((2,), float(i)) for i, name in enumerate(names)}
+
+
+def write_index(folder: Path, **places: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {k.replace("_", "."): v for k, v in places.items()}})
+    )
+
+
+def test_shards_are_read_as_one(tmp_path: Path) -> None:
+    for file_format in ("bin", "safetensors"):
+        folder = tmp_path / file_format
+        folder.mkdir()
+        write_tensors(folder, tensors("a", "b", "c", "d", "e"), file_format, shards=3)
+        store = open_folder(folder, folder)
+        assert set(store.files) == set("abcde") and not store.absent
+        assert len({file.label for file in store.files.values()}) == 3
+
+
+def test_safetensors_go_before_the_same_weights_as_bin(tmp_path: Path) -> None:
+    write_tensors(tmp_path, tensors("a"), "safetensors")
+    write_tensors(tmp_path, tensors("a"), "bin")
+    assert open_folder(tmp_path, tmp_path).files["a"].label == "model.safetensors"
+
+
+def test_an_index_whose_files_are_all_there_decides_which_are_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path, tensors("a", "b"), shards=2)
+    save_file(tensors("a", "b"), tmp_path / "consolidated.safetensors")
+    store = open_folder(tmp_path, tmp_path)
+    assert {file.label for file in store.files.values()} == {
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    }  # fmt: skip
+
+
+def test_a_stale_index_is_not_followed_and_names_what_is_missing(tmp_path: Path) -> None:
+    save_file(tensors("a"), tmp_path / "model.safetensors")
+    write_index(
+        tmp_path, a="model-00001-of-00002.safetensors", b="model-00002-of-00002.safetensors"
+    )
+    store = open_folder(tmp_path, tmp_path)
+    assert set(store.files) == {"a"}
+    assert store.absent["b"] == "model-00002-of-00002.safetensors"
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    save_file(tensors("secret"), tmp_path / "outside.safetensors")
+    save_file(tensors("a"), inner / "model.safetensors")
+    write_index(inner, secret="../outside.safetensors", a="model.safetensors")
+    assert set(open_folder(inner, inner).files) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}']
+)
+def test_a_file_that_is_no_index_is_named(content: str, tmp_path: Path) -> None:
+    save_file(tensors("a"), tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="model.safetensors.index.json is not an index"):
+        open_folder(tmp_path, tmp_path)

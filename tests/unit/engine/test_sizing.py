@@ -1,0 +1,110 @@
+"""How large the engine becomes, and what of it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from models import load_engine
+from models.engine import sizing
+from models.engine.options import EngineOptions
+from models.engine.sizing import EngineSizes, resolve_sizes
+from models.errors import ConfigurationError
+from models.language.kv_cache import KVCache, KVCacheShape
+from tests.synthetic import write_tiny_llava
+
+CPU = torch.device("cpu")
+CONFIG = LlamaConfig(
+    hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=64, vocab_size=100,
+)  # fmt: skip
+
+
+def shape(block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> KVCacheShape:
+    return KVCacheShape.of(CONFIG, block_size, dtype)
+
+
+def sizes(context: int = 512, **options: Any) -> EngineSizes:
+    resolved = EngineOptions(**options)
+    nothing: Any = None  # the decoder and the tower are looked at on a GPU only
+    return resolve_sizes(resolved, shape(resolved.block_size), context, nothing, nothing, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_a_blocks_bytes_are_counted_right(dtype: torch.dtype, block_size: int) -> None:
+    cache = KVCache(shape(block_size, dtype), 5, CPU)
+    assert cache.keys.nbytes + cache.values.nbytes == 5 * shape(block_size, dtype).bytes_per_block
+
+
+def test_kv_cache_bytes_are_not_exceeded() -> None:
+    per_block = shape().bytes_per_block
+    for blocks in (2, 7, 1000):
+        assert sizes(kv_cache_bytes=blocks * per_block).num_blocks == blocks
+        assert sizes(kv_cache_bytes=blocks * per_block + per_block - 1).num_blocks == blocks
+
+
+def test_a_request_that_is_alone_can_always_finish() -> None:
+    got = sizes(kv_cache_bytes=5 * shape().bytes_per_block, context=512)
+    assert got.max_model_len == 5 * 16
+
+
+def test_without_a_budget_full_contexts_are_held_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert sizes(max_num_seqs=3, context=500).num_blocks == 3 * 32
+    assert sizes(context=512).num_blocks == 8 * 32, "eight requests on a CPU"
+    monkeypatch.setattr(sizing, "_available_memory", lambda: 40 * shape().bytes_per_block)
+    assert sizes(context=512).num_blocks == 10, "a quarter of the free memory"
+
+
+def test_steps_have_a_cpus_size_by_default() -> None:
+    got = sizes()
+    assert (got.max_num_seqs, got.max_num_batched_tokens, got.max_model_len) == (8, 512, 512)
+    got = sizes(max_num_seqs=3, max_num_batched_tokens=7)
+    assert (got.max_num_seqs, got.max_num_batched_tokens) == (3, 7)
+
+
+def test_a_cache_without_room_says_how_much_is_needed() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"room for 1 blocks of 16 tokens \(\d+ bytes each"
+    ):
+        sizes(kv_cache_bytes=shape().bytes_per_block)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_model_len": 0}, {"max_num_seqs": -1}, {"max_num_batched_tokens": 0},
+        {"block_size": 0}, {"gpu_memory_utilization": 0.0}, {"kv_cache_bytes": -5},
+        {"image_cache_bytes": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_must_be_positive(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigurationError, match=f"^{name} is .*; it must be positive"):
+        EngineOptions(**options)
+
+
+def test_what_may_be_nothing() -> None:
+    options = EngineOptions(image_cache_bytes=0, enable_prefix_caching=False)
+    assert options.image_cache_bytes == 0 and options.max_num_seqs is None
+
+
+def test_the_free_memory_of_this_machine_is_found() -> None:
+    assert sizing._available_memory() > 1 << 20
+
+
+def test_max_model_len_shortens_the_context_and_never_lengthens_it(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny", context_length=256)
+    for asked, got in ((100, 100), (None, 256), (5000, 256)):
+        with load_engine(
+            folder, precision="W16A16", device="cpu", max_model_len=asked, num_threads=1
+        ) as engine:
+            assert engine.context_length == got
+            assert engine.description()["context"] == f"{got} tokens"
