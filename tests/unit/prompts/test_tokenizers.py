@@ -175,8 +175,8 @@ def test_added_tokens_come_from_either_file(where: str, folder: Path) -> None:
     ("file", "content", "message"),
     [
         ("added_tokens.json", {"<im>": "400"}, "added_tokens.json: <im> is '400'; it must be"),
-        ("added_tokens.json", {"<im>": -1}, "added tokens must have a name and an id from 0 up"),
-        ("added_tokens.json", {"": 400}, "added tokens must have a name and an id from 0 up"),
+        ("added_tokens.json", {"<im>": -1}, "an added token has a name, and an id from 0 up"),
+        ("added_tokens.json", {"": 400}, "an added token has a name, and an id from 0 up"),
         ("added_tokens.json", [], "added_tokens.json must hold a JSON object"),
         (
             "tokenizer_config.json",
