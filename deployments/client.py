@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("image", type=Path, help="a PNG, JPEG, WebP, ... file")
     parser.add_argument("question", help="what to ask about it")
     parser.add_argument("--url", default="http://localhost:21002", help="default: %(default)s")
+    parser.add_argument("--model", default="", help="its name, where the address is a controller's")
     parser.add_argument("--temperature", type=float, default=0.2, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
     parser.add_argument(
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.url,
             get_template(options.template).render(question),
             [picture],
+            model=options.model,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
         ):
