@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOCK := requirements$(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 11) else "-py310")').lock
 STAMP := $(VENV)/.installed
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
@@ -27,10 +28,10 @@ install: $(STAMP)
 
 # torch comes first and by itself: the lock's other packages must find it there, whichever build
 # (CPU or CUDA) this machine's package index has.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
@@ -42,12 +43,10 @@ demo-check: $(STAMP)
 train-demo: $(STAMP)
 	$(BIN)/python -m models.demo.train
 
-# Pins what is installed now. The four lines with markers, for Python 3.10, are kept by hand.
+# Pins what is installed now.
 lock: $(STAMP)
-	{ grep -e '^#' -e ';' requirements.lock; \
-	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v -e '^numpy=' -e '^networkx='; \
-	} > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+	{ grep '^#' $(LOCK); $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis
