@@ -78,7 +78,8 @@ class AppConfig(BaseModel):
     num_threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of the engine; default: the CPUs that Ray gives to the replica.",
+        description="CPU threads of the engine; default: the CPUs that Ray gives to the replica, "
+        "or one for a very small model.",
     )
 
     # ---- the engine (vLLM's words) ------------------------------------------------------------

@@ -19,7 +19,7 @@ from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
 from models.engine.runner import ModelRunner
-from models.engine.sizing import resolve_sizes
+from models.engine.sizing import resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
@@ -41,6 +41,7 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     num_threads: int | None = None,
+    cpus: int | None = None,
     template: str | None = None,
     token_order: Literal["row", "column"] | None = None,
     tinychat_prompt_rewrite: bool = False,
@@ -55,7 +56,9 @@ def load_engine(
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
             and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
-        num_threads: of the CPU; default: the cores that this process may use.
+        num_threads: of the CPU; default: `cpus`, or fewer where the model's layers are too small
+            to be shared out.
+        cpus: cores to count on; default: all that this process may use.
         template, token_order: see `open_checkpoint`.
         engine_options: see `EngineOptions`.
 
@@ -69,7 +72,8 @@ def load_engine(
         model_path, quant_path, precision, template=template, token_order=token_order
     )
     kind = _dtype(dtype, target, checkpoint)
-    threads = num_threads or len(os.sched_getaffinity(0))
+    available = cpus or len(os.sched_getaffinity(0))
+    threads = num_threads or threads_for(checkpoint.spec.language, available)
     torch.set_num_threads(threads)
 
     started = time.monotonic()

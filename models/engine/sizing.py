@@ -6,16 +6,20 @@ import os
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 from models.engine.options import EngineOptions
 from models.errors import ConfigurationError
 from models.language.attention import AttentionBatch, Span
 from models.language.decoder import Decoder
-from models.language.kv_cache import KVCache, KVCacheShape
+from models.language.kv_cache import KVCache, KVCacheShape, head_dim
 from models.vision import VisionEncoder
 
 CPU_MEMORY_SHARE = 0.25
 """Of the memory that is free at start; the rest is the weights' page cache and other people's."""
+
+WEIGHTS_PER_THREAD = 2 << 20
+"""Of one decoder layer. With fewer, one thread was faster than two."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ def resolve_sizes(
         max_num_batched_tokens=max_num_batched_tokens,
         num_blocks=num_blocks,
     )
+
+
+def threads_for(config: PreTrainedConfig, available: int) -> int:
+    """As many threads as have something to do. In small layers they would wait for one another
+    most of the time, and for whatever else runs on their cores."""
+    attention = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    weights = config.hidden_size * (attention * head_dim(config) + 3 * config.intermediate_size)
+    return min(available, max(1, weights // WEIGHTS_PER_THREAD))
 
 
 @torch.inference_mode()

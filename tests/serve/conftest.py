@@ -58,7 +58,7 @@ class Deployer:
             "name": name,
             "route_prefix": f"/{name}",
             "import_path": "deployments.app:build",
-            "args": {"no_register": True, "num_threads": 2, **args},
+            "args": {"no_register": True, **args},
             "deployments": [{"name": "ModelWorker", **resources, **(options or {})}],
         }
         self._apply()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from models import load_engine
 from models.engine import sizing
 from models.engine.options import EngineOptions
-from models.engine.sizing import EngineSizes, resolve_sizes
+from models.engine.sizing import EngineSizes, resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from tests.synthetic import write_tiny_llava
@@ -108,3 +108,9 @@ def test_max_model_len_shortens_the_context_and_never_lengthens_it(tmp_path: Pat
         ) as engine:
             assert engine.context_length == got
             assert engine.description()["context"] == f"{got} tokens"
+
+
+def test_small_layers_are_not_shared_out_among_threads() -> None:
+    seven_b = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+    assert threads_for(CONFIG, available=16) == 1
+    assert threads_for(seven_b, available=16) == 16

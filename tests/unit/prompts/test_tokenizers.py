@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -92,6 +92,7 @@ def test_legacy_is_sentencepiece_between_added_tokens(pieces: list[str]) -> None
 @settings(max_examples=80)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_decoding_gives_the_text_back(legacy: bool, text: str) -> None:
+    assume("<unk>" not in text and "<s>" not in text and "</s>" not in text)  # tokens, not text
     got = tokenizer(legacy).decode(tokenizer(legacy).encode(text))
     assert got == text.replace("\u2581", " ")
 
