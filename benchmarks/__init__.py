@@ -1,0 +1,18 @@
+"""Side-by-side measurements, with their records; README.md says how to run them.
+
+engine.py         the engine against transformers' generate
+serving.py        HTTP against the engine (and against transformers); start-up and memory
+bf16_divergence.py   how often an answer in bf16 differs in company from the same alone
+
+load.py           the questions that are asked, and what is noted of the answers
+arm.py            one way to have questions answered
+piped_arm.py      a model in a process of its own, at the end of a pipe
+engine_arm.py     that process, with `models.load_engine` in it
+transformers_arm.py   that process, with transformers' generate in it
+http_arm.py       a worker, over HTTP
+worker.py         starts and stops a worker, and measures its memory
+comparison.py     asks all arms in turns
+goals.py          what must be reached
+report.py         table, record and plot
+machine.py        what it was measured on
+"""

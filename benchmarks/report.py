@@ -1,0 +1,74 @@
+"""Table, record and plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison import Results
+from benchmarks.goals import Goal
+from benchmarks.machine import describe_machine
+
+RECORDS = Path(__file__).parent / "records"
+COLUMNS = {"tokens_per_s": 1, "first_token_s": 1000, "token_s": 1000, "wait_p99_s": 1000}
+"""Figures of a round, and what they are multiplied with to be shown."""
+
+
+def print_table(results: Results) -> None:
+    """In Markdown, as README.md has it."""
+    print("\n| streams | arm | tokens/s | first token, ms | per token, ms | waited, p99, ms |")
+    print("|---:|---|---:|---:|---:|---:|")
+    for streams in results.plan.streams:
+        for arm in results.arms:
+            values = [f * results.median(arm, streams, name) for name, f in COLUMNS.items()]
+            print(f"| {streams} | {arm} | {values[0]:.0f} | " + " | ".join(
+                f"{value:.1f}" for value in values[1:]) + " |")  # fmt: skip
+
+
+def print_goals(goals: Sequence[Goal]) -> None:
+    print()
+    for goal in goals:
+        print(goal)
+
+
+def write_record(
+    name: str, model: str, results: Results, goals: Sequence[Goal], **more: Any
+) -> None:
+    """`benchmarks/records/<name>.json`, and its plot where matplotlib is installed."""
+    RECORDS.mkdir(exist_ok=True)
+    record = {
+        "model": model, "machine": describe_machine(), **more,
+        "goals": [goal.as_json() for goal in goals], **results.as_json(),
+    }  # fmt: skip
+    path = RECORDS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{path}")
+    plot(results, RECORDS / f"{name}.png")
+
+
+def plot(results: Results, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    titles = ("tokens per second", "first token, ms", "time per token, ms")
+    for axis, (name, factor), title in zip(axes, list(COLUMNS.items())[:3], titles, strict=True):
+        for arm in results.arms:
+            values = [factor * results.median(arm, n, name) for n in results.plan.streams]
+            axis.plot(results.plan.streams, values, marker="o", label=arm)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(results.plan.streams, [str(n) for n in results.plan.streams])
+        axis.set_yscale("log")
+        axis.set_xlabel("streams at a time")
+        axis.set_title(title)
+        axis.grid(visible=True, which="both", alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    print(path)
