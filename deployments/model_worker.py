@@ -223,6 +223,7 @@ class ModelWorker:
             images,
             request.params,
             queue_timeout_s=self.config.queue_timeout_s,
+            min_interval_s=1 / self.config.max_records_per_s,
         )
 
 

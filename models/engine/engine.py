@@ -18,15 +18,16 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from PIL.Image import Image
 
 from models.checkpoints import ModelSpec
 from models.engine.core import EngineCore
+from models.engine.mailbox import Mailbox, ring_all
 from models.engine.messages import Abort, EngineStats, GenerationDelta, GenerationRequest, Usage
 from models.engine.preparation import RequestPreparer
 from models.engine.sampling_params import SamplingParams
@@ -40,12 +41,8 @@ PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
 
 
-@dataclass(frozen=True)
-class _Subscriber:
-    """Where one request's deltas go: a queue, of an event loop or of a thread."""
-
-    queue: Any  # asyncio.Queue[GenerationDelta] | queue.SimpleQueue[GenerationDelta]
-    loop: asyncio.AbstractEventLoop | None
+Subscriber: TypeAlias = "Mailbox | queue.SimpleQueue[GenerationDelta]"
+"""Where one request's deltas go: to a coroutine, or to a thread."""
 
 
 class Engine:
@@ -68,7 +65,7 @@ class Engine:
         )
         self._inbox: deque[GenerationRequest | Abort] = deque()
         self._wake = threading.Event()
-        self._subscribers: dict[str, _Subscriber] = {}
+        self._subscribers: dict[str, Subscriber] = {}
         self._lock = threading.Lock()  # guards _subscribers and _stopped against each other
         self._stopped: EngineDead | None = None
         self._closing = False
@@ -107,6 +104,7 @@ class Engine:
         *,
         request_id: str | None = None,
         queue_timeout_s: float | None = None,
+        min_interval_s: float = 0.0,
     ) -> AsyncGenerator[GenerationDelta, None]:
         """Yields the answer's deltas as they are computed.
 
@@ -115,6 +113,8 @@ class Engine:
         Args:
             prompt: the text as a client sends it, one "<image>" for each of `images`.
             queue_timeout_s: how long it may wait for its turn.
+            min_interval_s: between two deltas; what comes faster is merged. Whoever wants only so
+                many a second should say so here: each delta costs the event loop a wake-up.
 
         Raises:
             InvalidRequest: before anything was queued.
@@ -134,14 +134,15 @@ class Engine:
         if params.max_new_tokens == 0:
             yield _nothing_to_generate(request)
             return
-        deltas: asyncio.Queue[GenerationDelta] = asyncio.Queue()
-        self._submit(request, _Subscriber(deltas, loop))
+        mailbox = Mailbox(loop)
+        self._submit(request, mailbox)
         finished = False
         try:
             while not finished:
-                delta = await deltas.get()
+                delta = await mailbox.take()
                 finished = delta.finish_reason is not None
                 yield _or_raise(delta)
+                await mailbox.rest(min_interval_s)
         finally:
             if not finished:
                 self.abort(request.request_id)
@@ -160,7 +161,7 @@ class Engine:
             yield _nothing_to_generate(request)
             return
         deltas: queue.SimpleQueue[GenerationDelta] = queue.SimpleQueue()
-        self._submit(request, _Subscriber(deltas, None))
+        self._submit(request, deltas)
         finished = False
         try:
             while not finished:
@@ -185,7 +186,7 @@ class Engine:
                 request = self._preparer.prepare(prompt, images, params)
                 if params.max_new_tokens > 0:
                     index_of[request.request_id] = index
-                    self._submit(request, _Subscriber(deltas, None))
+                    self._submit(request, deltas)
             while index_of:
                 delta = _or_raise(deltas.get())
                 texts[index_of[delta.request_id]] += delta.text
@@ -229,7 +230,7 @@ class Engine:
 
     # ---- the boundary -----------------------------------------------------------------------
 
-    def _submit(self, request: GenerationRequest, subscriber: _Subscriber) -> None:
+    def _submit(self, request: GenerationRequest, subscriber: Subscriber) -> None:
         with self._lock:
             if self._stopped is not None:
                 raise _again(self._stopped)
@@ -240,10 +241,8 @@ class Engine:
         self._wake.set()
 
     def _deliver(self, deltas: list[GenerationDelta]) -> None:
-        """Hands each delta to its request's queue; one wake-up per event loop and step."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Any, GenerationDelta]]] = defaultdict(
-            list
-        )
+        """Hands each delta to its request's reader; at most one wake-up per event loop and step."""
+        to_wake: dict[asyncio.AbstractEventLoop, list[Mailbox]] = defaultdict(list)
         for delta in deltas:
             ended = delta.finish_reason is not None
             with self._lock:
@@ -252,19 +251,15 @@ class Engine:
                     if ended
                     else self._subscribers.get(delta.request_id)
                 )
-            if subscriber is None:
-                continue
-            if subscriber.loop is None:
-                subscriber.queue.put(delta)
-            else:
-                by_loop[subscriber.loop].append((subscriber.queue, delta))
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, batch)
-            except RuntimeError:  # that loop has been closed: its callers are gone
-                for _, delta in batch:
-                    if delta.finish_reason is None:
-                        self.abort(delta.request_id)
+            if isinstance(subscriber, queue.SimpleQueue):
+                subscriber.put(delta)
+            elif subscriber is not None and subscriber.loop.is_closed():  # its reader is gone
+                self.abort(delta.request_id)
+            elif subscriber is not None and subscriber.put(delta):
+                to_wake[subscriber.loop].append(subscriber)
+        for loop, mailboxes in to_wake.items():
+            with suppress(RuntimeError):  # closed in this moment; the next delta will find it so
+                loop.call_soon_threadsafe(ring_all, mailboxes)
 
     # ---- the engine's thread ----------------------------------------------------------------
 
@@ -319,11 +314,6 @@ class Engine:
 def _again(reason: EngineDead) -> EngineDead:
     """A copy to raise: an exception that is raised again and again keeps every caller's frame."""
     return EngineDead(*reason.args)
-
-
-def _put_all(batch: list[tuple[asyncio.Queue[GenerationDelta], GenerationDelta]]) -> None:
-    for deltas, delta in batch:
-        deltas.put_nowait(delta)
 
 
 def _or_raise(delta: GenerationDelta) -> GenerationDelta:

@@ -58,6 +58,7 @@ class FakeEngine:
         params: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         *,
         queue_timeout_s: float | None = None,
+        min_interval_s: float = 0.0,
     ) -> AsyncIterator[GenerationDelta]:
         self.asked.append((prompt, list(images), params, queue_timeout_s))
         if params.max_new_tokens == 0:
