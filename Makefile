@@ -39,7 +39,7 @@ $(STAMP): $(LOCK) pyproject.toml
 demo-check: $(STAMP)
 	$(BIN)/python -m models.demo.evaluate
 
-# From random weights to the demo checkpoint; about half an hour on two cores.
+# From random weights to a demo checkpoint; over an hour on two cores.
 train-demo: $(STAMP)
 	$(BIN)/python -m models.demo.train
 
