@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from models.checkpoints import PreprocessingSpec, ProjectorSpec, VisionSpec, open_checkpoint
 from models.errors import CheckpointError
-from models.vision import ImagePreprocessor, VisionEncoder, load_vision
-from models.vision.projectors import PROJECTORS, Downsample
+from models.vision import ImagePreprocessor, PreparedImage, VisionEncoder, load_vision
+from models.vision.projectors import Downsample, build_projector
 from models.vision.tower import VisionTower
 from tests.synthetic import (
     TOWER_HIDDEN,
@@ -123,7 +123,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def random_projector(kind: str, order: Literal["row", "column"] = "row") -> nn.Module:
     torch.manual_seed(0)
-    projector = PROJECTORS[kind](ProjectorSpec(kind, TOWER_HIDDEN, 24, order))
+    projector = build_projector(ProjectorSpec(kind, TOWER_HIDDEN, 24, order))
     for parameter in projector.parameters():
         nn.init.normal_(parameter, std=0.5)
     return projector.eval()
@@ -162,8 +162,8 @@ def test_mlp_downsample_is_its_formula(order: Literal["row", "column"], side: in
 
 def test_the_numbers_of_tokens_of_released_models() -> None:
     """reference/checkpoints.md: CLIP 336 -> 576; SigLIP 384 and 448 with DS2 -> 196 and 256."""
-    linear = PROJECTORS["linear"](ProjectorSpec("linear", 8, 8))
-    down = PROJECTORS["mlp_downsample"](ProjectorSpec("mlp_downsample", 8, 8))
+    linear = build_projector(ProjectorSpec("linear", 8, 8))
+    down = build_projector(ProjectorSpec("mlp_downsample", 8, 8))
     assert linear.num_tokens(576) == 576
     assert down.num_tokens(27 * 27) == 196
     assert down.num_tokens(32 * 32) == 256
@@ -174,12 +174,9 @@ def test_the_numbers_of_tokens_of_released_models() -> None:
 # ---- both, loaded ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """What the encoder needs of a prepared picture."""
-
-    pixel_values: Tensor
-    num_tokens: int
+def tiles(pixel_values: Tensor) -> PreparedImage:
+    """A prepared picture of so many tiles, 16 tokens each."""
+    return PreparedImage(pixel_values, 16 * len(pixel_values), b"")
 
 
 def load(folder: Path) -> VisionEncoder:
@@ -190,14 +187,14 @@ def test_every_picture_gets_its_own_embeddings_back(tmp_path: Path) -> None:
     encoder = load(write_tiny_llava(tmp_path / "tiny"))
     pixels = torch.randn(40, 3, 32, 32)
     counts = [1, 3, 16, 2, 17, 1]  # one of them more tiles than go through the tower at once
-    pictures: list[Tiles] = []
+    pictures: list[PreparedImage] = []
     for count in counts:
         start = sum(len(p.pixel_values) for p in pictures)
-        pictures.append(Tiles(pixels[start : start + count], 16 * count))
-    got = encoder(pictures)  # type: ignore[arg-type]
+        pictures.append(tiles(pixels[start : start + count]))
+    got = encoder(pictures)
     assert [len(x) for x in got] == [16 * count for count in counts]
     for picture, embeddings in zip(pictures, got, strict=True):
-        (alone,) = encoder([picture])  # type: ignore[list-item]
+        (alone,) = encoder([picture])
         assert torch.allclose(alone, embeddings, atol=1e-5)
     assert encoder([]) == []
 
@@ -222,7 +219,7 @@ def test_llavas_encoder_is_transformers_tower_and_the_formula(
         expected = hidden @ p["weight"].T + p["bias"]
     else:
         expected = gelu(hidden @ p["0.weight"].T + p["0.bias"]) @ p["2.weight"].T + p["2.bias"]
-    got = load(folder)([Tiles(pixels[:1], 16), Tiles(pixels[1:], 16)])  # type: ignore[list-item]
+    got = load(folder)([tiles(pixels[:1]), tiles(pixels[1:])])
     assert torch.allclose(torch.stack(got), expected, atol=1e-4)
 
 
@@ -237,10 +234,10 @@ def reference_tower(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 def test_the_order_of_tokens_follows_the_checkpoints_era(tmp_path: Path) -> None:
     folder = write_tiny_vila(tmp_path / "tiny", awq=False)
-    picture = Tiles(torch.randn(1, 3, 28, 28), 16)
-    (column,) = load(folder)([picture])  # type: ignore[list-item]
+    picture = tiles(torch.randn(1, 3, 28, 28))
+    (column,) = load(folder)([picture])
     rewrite_json(folder / "config.json", min_tiles=1)
-    (row,) = load(folder)([picture])  # type: ignore[list-item]
+    (row,) = load(folder)([picture])
     assert torch.allclose(row.view(4, 4, -1).transpose(0, 1), column.view(4, 4, -1), atol=1e-5)
     assert not torch.allclose(row, column, atol=1e-2)
 
@@ -256,12 +253,12 @@ def test_preprocessing_and_tower_fit_together(tmp_path: Path) -> None:
         (embeddings,) = encoder([prepared])
         assert embeddings.shape == (prepared.num_tokens, 256) == (16, 256)
         assert embeddings.dtype == torch.bfloat16 and embeddings.isfinite().all()
-        encoder.profile(num_tiles=3)
+        encoder.profile(num_images=3)
 
 
 def test_projectors_of_released_shapes_are_known_by_their_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     names = {name.removeprefix("layers.") for name in vila_projector(24, generator, torch.float16)}
     spec = ProjectorSpec("mlp_downsample", TOWER_HIDDEN, 24)
-    assert {name for name, _ in PROJECTORS["mlp_downsample"](spec).named_parameters()} == names
-    assert PROJECTORS["mlp_downsample"](replace(spec, token_order="column"))[0].order == "column"
+    assert {name for name, _ in build_projector(spec).named_parameters()} == names
+    assert build_projector(replace(spec, token_order="column"))[0].order == "column"
