@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from models.awq import select_backend
-from models.checkpoints import Checkpoint, open_checkpoint
+from models.checkpoints import Checkpoint, ModelSpec, open_checkpoint
 from models.engine.allocator import keep_freed_memory
 from models.engine.core import EngineCore
 from models.engine.engine import Engine
+from models.engine.host import ThreadHost
 from models.engine.image_cache import ImageEmbeddingCache
+from models.engine.loop import EngineLoop
 from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
+from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
 from models.engine.sizing import resolve_sizes, threads_for
 from models.errors import ConfigurationError
@@ -33,7 +37,81 @@ DTYPES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class LoadedCore:
+    """A model in memory and the core that runs it, without a thread yet.
+
+    Attributes:
+        num_threads: of the CPU, for its steps.
+        description: what is loaded, where and how, for start-up lines.
+    """
+
+    core: EngineCore
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    preprocessor: ImagePreprocessor
+    num_threads: int
+    description: dict[str, str]
+
+
 def load_engine(
+    model_path: str | Path,
+    quant_path: str | Path | None = None,
+    precision: Literal["W4A16", "W16A16"] = "W4A16",
+    *,
+    tinychat_prompt_rewrite: bool = False,
+    own_process: bool = False,
+    **options: Any,
+) -> Engine:
+    """Loads a checkpoint and starts its engine.
+
+    Args:
+        model_path: a checkpoint's folder, or a Hub id.
+        quant_path: the AWQ weights, a file or a folder; by default found in `model_path`.
+        precision: "W4A16" (AWQ weights) or "W16A16".
+        tinychat_prompt_rewrite: put TinyChat's backslash, "n" and space behind each picture.
+        own_process: steps run in a child process. A server wants that: its own Python code does
+            not slow the model's down then, nor the other way round. It takes some 300 MB more.
+        options: see `load_core`.
+
+    Raises:
+        CheckpointError: the files cannot be served; says which and why.
+        ConfigurationError: the options cannot be fulfilled.
+        EngineDead: the child process ended while it was loading.
+    """
+    arguments = {
+        "model_path": model_path, "quant_path": quant_path, "precision": precision, **options,
+    }  # fmt: skip
+    if own_process:
+        child = ProcessHost(arguments)
+        ready = child.ready
+        preparer = RequestPreparer(
+            ready.spec,
+            load_tokenizer(ready.spec.tokenizer_path),
+            ready.preprocessor,
+            ready.max_model_len,
+            tinychat_prompt_rewrite,
+        )
+        return Engine(
+            child, preparer, stop_token_ids=ready.stop_token_ids, description=ready.description
+        )
+    loaded = load_core(**arguments)
+    preparer = RequestPreparer(
+        loaded.spec,
+        loaded.tokenizer,
+        loaded.preprocessor,
+        loaded.core.max_model_len,
+        tinychat_prompt_rewrite,
+    )
+    return Engine(
+        ThreadHost(EngineLoop(loaded.core, loaded.num_threads)),
+        preparer,
+        stop_token_ids=loaded.core.scheduler.eos_token_ids,
+        description=loaded.description,
+    )
+
+
+def load_core(
     model_path: str | Path,
     quant_path: str | Path | None = None,
     precision: Literal["W4A16", "W16A16"] = "W4A16",
@@ -44,15 +122,10 @@ def load_engine(
     cpus: int | None = None,
     template: str | None = None,
     token_order: Literal["row", "column"] | None = None,
-    tinychat_prompt_rewrite: bool = False,
     **engine_options: Any,
-) -> Engine:
-    """Loads a checkpoint and starts its engine.
-
+) -> LoadedCore:
+    """
     Args:
-        model_path: a checkpoint's folder, or a Hub id.
-        quant_path: the AWQ weights, a file or a folder; by default found in `model_path`.
-        precision: "W4A16" (AWQ weights) or "W16A16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
             and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
@@ -63,8 +136,7 @@ def load_engine(
         engine_options: see `EngineOptions`.
 
     Raises:
-        CheckpointError: the files cannot be served; says which and why.
-        ConfigurationError: the options cannot be fulfilled.
+        CheckpointError, ConfigurationError: see `load_engine`.
     """
     options = EngineOptions(**engine_options)
     target = _device(device)
@@ -107,13 +179,6 @@ def load_engine(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
     )
-    preparer = RequestPreparer(
-        spec,
-        tokenizer,
-        ImagePreprocessor(spec.vision.preprocessing, vision.num_tokens_per_tile),
-        sizes.max_model_len,
-        tinychat_prompt_rewrite,
-    )
     description = {
         "model": spec.name,
         "layout": spec.layout,
@@ -130,7 +195,8 @@ def load_engine(
     }
     if target.type == "cpu":
         keep_freed_memory()  # after the weights, whose loading leaves gaps behind
-    return Engine(core, preparer, num_threads=threads, description=description)
+    preprocessor = ImagePreprocessor(spec.vision.preprocessing, vision.num_tokens_per_tile)
+    return LoadedCore(core, spec, tokenizer, preprocessor, threads, description)
 
 
 def _device(device: str) -> torch.device:

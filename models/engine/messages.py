@@ -103,4 +103,4 @@ class EngineStats:
     num_steps: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
-    dead: bool
+    dead: bool = False

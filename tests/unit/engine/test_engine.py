@@ -26,6 +26,7 @@ from models.errors import (
     TinyChatError,
 )  # fmt: skip
 from tests.synthetic import write_tiny_llava
+from tests.unit.engine.harness import core_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_new_tokens=400, ignore_eos=True)
@@ -49,13 +50,13 @@ def engine(folder: Path) -> Iterator[Engine]:
 def settle(engine: Engine) -> None:
     """Waits for the engine to be idle, then asserts that every block has come back."""
     deadline = time.monotonic() + 10
-    while engine._subscribers or engine._core.has_work:
+    while engine._subscribers or core_of(engine).has_work:
         assert time.monotonic() < deadline, engine.stats()
         time.sleep(0.005)
     stats = engine.stats()
     assert stats.blocks_used == 0
     assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
-    engine._core.check_integrity()
+    core_of(engine).check_integrity()
 
 
 def join(deltas: list[GenerationDelta]) -> str:
@@ -205,7 +206,7 @@ async def test_wrong_requests_are_refused_before_they_are_queued(
 async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = engine._core.runner.run
+    run = core_of(engine).runner.run
     calls = 0
 
     def fail_once(batch: object) -> torch.Tensor:
@@ -215,7 +216,7 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
             raise RuntimeError("pretended")
         return run(batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._core.runner, "run", fail_once)
+    monkeypatch.setattr(core_of(engine).runner, "run", fail_once)
     with pytest.raises(EngineFault):
         [delta async for delta in engine.stream("hello", params=GREEDY)]
     assert join([d async for d in engine.stream("hello", params=GREEDY)])
@@ -228,7 +229,7 @@ def test_an_engine_that_fails_again_and_again_dies_and_says_so(folder: Path) -> 
     def fail(batch: object) -> torch.Tensor:
         raise RuntimeError("pretended")
 
-    engine._core.runner.run = fail  # type: ignore[method-assign,assignment]
+    core_of(engine).runner.run = fail  # type: ignore[method-assign,assignment]
     for _ in range(3):
         with pytest.raises((EngineFault, EngineDead)):
             list(engine.generate("hello", params=GREEDY))
@@ -255,11 +256,11 @@ async def test_an_abort_is_honoured_between_two_steps(folder: Path, phase: str) 
             await reading
             reading = asyncio.create_task(anext(gone))
         else:
-            scheduler = engine._core.scheduler
+            scheduler = core_of(engine).scheduler
             line = scheduler.waiting if phase == "waiting" else scheduler.running
             while not any(seq.request_id == "gone" for seq in list(line)):
                 await asyncio.sleep(0.001)
-        core = engine._core
+        core = core_of(engine)
         honoured: list[int] = []
         abort = core.abort
 
@@ -328,7 +329,7 @@ async def test_a_thread_that_dies_leaves_nobody_waiting(folder: Path) -> None:
     waiting = asyncio.create_task(anext(engine.stream("me too", params=LONG)))
     while engine.stats().num_waiting < 1:
         await asyncio.sleep(0.001)
-    engine._core.runner.run = die  # type: ignore[method-assign,assignment]
+    core_of(engine).runner.run = die  # type: ignore[method-assign,assignment]
     for reading in (waiting, _rest(running)):
         with pytest.raises(EngineDead, match="the engine has died of SystemExit"):
             await reading

@@ -1,0 +1,70 @@
+"""What passes between an engine's process and its parent, and how."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from models.engine.messages import Abort, EngineStats, GenerationDelta, GenerationRequest
+from models.errors import EngineDead
+
+if TYPE_CHECKING:
+    from models.checkpoints import ModelSpec
+    from models.vision import ImagePreprocessor
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the callers' side must know of the model that the child has loaded."""
+
+    spec: ModelSpec
+    preprocessor: ImagePreprocessor
+    max_model_len: int
+    stop_token_ids: frozenset[int]
+    description: dict[str, str]
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Step:
+    deltas: list[GenerationDelta]
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Ended:
+    reason: EngineDead
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Close:
+    """To the child: end what runs and waits."""
+
+
+ToChild: TypeAlias = "GenerationRequest | Abort | Close"
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as plain bytes; torch's own way would wrap each into a file of its own format."""
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def send(connection: Connection[Any, Any], message: object) -> None:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(message)
+    connection.send_bytes(buffer.getbuffer())
+
+
+def receive(connection: Connection[Any, Any]) -> Any:
+    """What the other half of the same program has sent, over a socket that nobody else has."""
+    return pickle.loads(connection.recv_bytes())
