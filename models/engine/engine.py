@@ -12,12 +12,12 @@ import os
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from PIL.Image import Image
 
@@ -35,6 +35,7 @@ DEFAULT_PARAMS = SamplingParams()
 
 Subscriber: TypeAlias = "Mailbox | queue.SimpleQueue[GenerationDelta]"
 """Where one request's deltas go: to a coroutine, or to a thread."""
+Images: TypeAlias = Sequence[Image] | Callable[[], Sequence[Image]]
 
 
 class Engine:
@@ -87,7 +88,7 @@ class Engine:
     async def stream(
         self,
         prompt: str,
-        images: Sequence[Image] = (),
+        images: Images = (),
         params: SamplingParams = DEFAULT_PARAMS,
         *,
         request_id: str | None = None,
@@ -100,6 +101,8 @@ class Engine:
 
         Args:
             prompt: the text as a client sends it, one "<image>" for each of `images`.
+            images: or a function that returns them, decoded or not. It is called, as everything
+                that is slow about a request is done, in one of the engine's own threads.
             queue_timeout_s: how long it may wait for its turn.
             min_interval_s: between two deltas; what comes faster is merged. Whoever wants only so
                 many a second should say so here: each delta costs the event loop a wake-up.
@@ -113,7 +116,7 @@ class Engine:
         self.check_health()
         loop = asyncio.get_running_loop()
         prepare = partial(
-            self._preparer.prepare,
+            self._prepare,
             prompt, images, params, request_id=request_id, queue_timeout_s=queue_timeout_s,
         )  # fmt: skip
         del images  # decoded, they may be large; they are not to be held until the answer's end
@@ -214,6 +217,12 @@ class Engine:
         self.close()
 
     # ---- the boundary -----------------------------------------------------------------------
+
+    def _prepare(
+        self, prompt: str, images: Images, params: SamplingParams, **options: Any
+    ) -> GenerationRequest:
+        pictures = images() if callable(images) else images
+        return self._preparer.prepare(prompt, pictures, params, **options)
 
     def _submit(self, request: GenerationRequest, subscriber: Subscriber) -> None:
         with self._lock:

@@ -75,6 +75,26 @@ async def test_all_faces_give_the_same_answer(engine: Engine) -> None:
     assert [d.finish_reason for d in two[:-1]] == [None] * (len(two) - 1)
 
 
+async def test_pictures_may_come_from_a_function_that_runs_off_the_event_loop(
+    engine: Engine,
+) -> None:
+    prompt = "USER: <image>\nWhat is this? ASSISTANT:"
+    threads: list[str] = []
+
+    def decode() -> list[Image.Image]:
+        threads.append(threading.current_thread().name)
+        return [PICTURE]
+
+    def refuse() -> list[Image.Image]:
+        raise InvalidRequest("images[0]", "is damaged")
+
+    deltas = [delta async for delta in engine.stream(prompt, decode, GREEDY)]
+    assert join(deltas) == join(list(engine.generate(prompt, [PICTURE], GREEDY)))
+    assert [name.partition("_")[0] for name in threads] == ["prepare"]
+    with pytest.raises(InvalidRequest, match="is damaged"):
+        await anext(engine.stream(prompt, refuse, GREEDY))
+
+
 def test_messages_can_be_pickled(engine: Engine) -> None:
     request = engine._preparer.prepare("a <image> b", [PICTURE], GREEDY)
     again = pickle.loads(pickle.dumps(request))
