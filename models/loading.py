@@ -81,7 +81,7 @@ def load_engine(
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     backend = select_backend(target, kind)
     tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
-    conversation_template = load_template(spec.prompt.template, spec.tokenizer_path, tokenizer)
+    conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(
         checkpoint.language,

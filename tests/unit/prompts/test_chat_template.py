@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from models.checkpoints import PromptSpec
 from models.errors import CheckpointError, InvalidRequest
 from models.prompts import (
     IMAGE,
@@ -164,14 +165,23 @@ def test_a_chat_template_of_another_kind_is_named(value: Any, qwen: Path) -> Non
 
 def test_a_folder_without_one_says_where_it_was_looked_for(qwen: Path) -> None:
     with pytest.raises(CheckpointError, match=r"qwen holds no chat template .*jinja.*choose anot"):
-        load_template("tokenizer", qwen, load_tokenizer(qwen))
+        load_template(PromptSpec("tokenizer"), qwen, load_tokenizer(qwen))
 
 
 def test_llava_hfs_layout_has_one_for_pictures(tmp_path: Path) -> None:
     write_llava_hf(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
-    template = load_template("tokenizer", tmp_path, load_tokenizer(tmp_path, "whole"))
+    spec = PromptSpec("tokenizer", tokenization="whole")
+    template = load_template(spec, tmp_path, load_tokenizer(tmp_path, "whole"))
     assert template.render(CONVERSATION[1:2]) == "USER: <image>\nWhat is 'this'? ASSISTANT:"
+
+
+def test_where_the_encoder_ends_pictures_with_a_newline_the_text_has_none(qwen: Path) -> None:
+    (qwen / "chat_template.jinja").write_text(CHATML)
+    for suffix, text in (("\n", "<image>What"), ("", "<image>\nWhat")):
+        spec = PromptSpec("tokenizer", tokenization="whole", image_suffix=suffix)
+        template = load_template(spec, qwen, load_tokenizer(qwen, "whole"))
+        assert f"user\n{text} is 'this'?<|im_end|>" in template.render(CONVERSATION[1:2])
 
 
 # ---- a stranger's program -------------------------------------------------------------------
