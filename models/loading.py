@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 
 from models.awq import select_backend
-from models.checkpoints import Checkpoint, ModelSpec, open_checkpoint
+from models.checkpoints import Checkpoint, open_checkpoint
 from models.engine.allocator import keep_freed_memory
 from models.engine.core import EngineCore
 from models.engine.engine import Engine
-from models.engine.host import ThreadHost
+from models.engine.host import EngineHost, ThreadHost
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.loop import EngineLoop
+from models.engine.messages import ServedModel
 from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
 from models.engine.process import ProcessHost
@@ -27,7 +28,7 @@ from models.engine.sizing import resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
-from models.prompts import Tokenizer, get_template, load_tokenizer
+from models.prompts import Tokenizer, load_template, load_tokenizer, stop_token_ids
 from models.vision import ImagePreprocessor, load_vision
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,12 @@ class LoadedCore:
 
     Attributes:
         num_threads: of the CPU, for its steps.
-        description: what is loaded, where and how, for start-up lines.
     """
 
     core: EngineCore
-    spec: ModelSpec
+    model: ServedModel
     tokenizer: Tokenizer
-    preprocessor: ImagePreprocessor
     num_threads: int
-    description: dict[str, str]
 
 
 def load_engine(
@@ -82,32 +80,25 @@ def load_engine(
     arguments = {
         "model_path": model_path, "quant_path": quant_path, "precision": precision, **options,
     }  # fmt: skip
+    host: EngineHost
     if own_process:
-        child = ProcessHost(arguments)
-        ready = child.ready
-        preparer = RequestPreparer(
-            ready.spec,
-            load_tokenizer(ready.spec.tokenizer_path),
-            ready.preprocessor,
-            ready.max_model_len,
-            tinychat_prompt_rewrite,
-        )
-        return Engine(
-            child, preparer, stop_token_ids=ready.stop_token_ids, description=ready.description
-        )
-    loaded = load_core(**arguments)
+        host = child = ProcessHost(arguments)
+        model = child.model
+        tokenizer = load_tokenizer(model.spec.tokenizer_path, model.spec.prompt.tokenization)
+    else:
+        loaded = load_core(**arguments)
+        host = ThreadHost(EngineLoop(loaded.core, loaded.num_threads))
+        model, tokenizer = loaded.model, loaded.tokenizer
     preparer = RequestPreparer(
-        loaded.spec,
-        loaded.tokenizer,
-        loaded.preprocessor,
-        loaded.core.max_model_len,
-        tinychat_prompt_rewrite,
+        model.spec, tokenizer, model.preprocessor, model.max_model_len, tinychat_prompt_rewrite
     )
+    template = load_template(model.spec.prompt, model.spec.tokenizer_path, tokenizer)
     return Engine(
-        ThreadHost(EngineLoop(loaded.core, loaded.num_threads)),
+        host,
         preparer,
-        stop_token_ids=loaded.core.scheduler.eos_token_ids,
-        description=loaded.description,
+        template,
+        stop_token_ids=model.stop_token_ids,
+        description=model.description,
     )
 
 
@@ -152,7 +143,8 @@ def load_core(
     spec = checkpoint.spec
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     backend = select_backend(target, kind)
-    tokenizer = load_tokenizer(spec.tokenizer_path)
+    tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
+    conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(
         checkpoint.language,
@@ -173,7 +165,7 @@ def load_core(
     core = EngineCore(
         runner,
         tokenizer,
-        _stop_tokens(spec.prompt.template, tokenizer),
+        stop_token_ids(conversation_template, tokenizer),
         max_model_len=sizes.max_model_len,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -195,8 +187,14 @@ def load_core(
     }
     if target.type == "cpu":
         keep_freed_memory()  # after the weights, whose loading leaves gaps behind
-    preprocessor = ImagePreprocessor(spec.vision.preprocessing, vision.num_tokens_per_tile)
-    return LoadedCore(core, spec, tokenizer, preprocessor, threads, description)
+    model = ServedModel(
+        spec,
+        ImagePreprocessor(spec.vision.preprocessing, vision.num_tokens_per_tile),
+        core.max_model_len,
+        core.scheduler.eos_token_ids,
+        description,
+    )
+    return LoadedCore(core, model, tokenizer, threads)
 
 
 def _device(device: str) -> torch.device:
@@ -231,9 +229,3 @@ def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dt
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _stop_tokens(template: str, tokenizer: Tokenizer) -> set[int]:
-    """The tokenizer's end of sequence, and what the conversation template ends turns with."""
-    named = (tokenizer.token_to_id(token) for token in get_template(template).stop_token_strs)
-    return {*tokenizer.eos_token_ids, *(token for token in named if token is not None)}

@@ -26,10 +26,7 @@ def main(descriptor: int) -> None:
         send(connection, error)
         return
     core = loaded.core
-    send(connection, Ready(
-        loaded.spec, loaded.preprocessor, core.max_model_len, core.scheduler.eos_token_ids,
-        loaded.description, core.stats(),
-    ))  # fmt: skip
+    send(connection, Ready(loaded.model, core.stats()))
     loop = EngineLoop(core, loaded.num_threads)
     threading.Thread(target=_read_into, args=(connection, loop), daemon=True).start()
     reason = loop.run(lambda deltas: send(connection, Step(deltas, core.stats())))

@@ -28,6 +28,7 @@ from models.engine.messages import Abort, EngineStats, GenerationDelta, Generati
 from models.engine.preparation import RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
+from models.prompts import Template
 
 PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
@@ -45,6 +46,7 @@ class Engine:
         self,
         host: EngineHost,
         preparer: RequestPreparer,
+        template: Template,
         *,
         stop_token_ids: frozenset[int],
         description: dict[str, str],
@@ -52,6 +54,8 @@ class Engine:
         self._host = host
         self._preparer = preparer
         self._stop_token_ids = stop_token_ids
+        self.template = template
+        """The model's conversation template. Prompts come finished; their senders may use it."""
         self._description = description
         self._pool = ThreadPoolExecutor(
             min(PREPARE_THREADS, os.cpu_count() or 1), thread_name_prefix="prepare"

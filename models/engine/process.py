@@ -40,7 +40,7 @@ CLOSE_TIMEOUT_S = 30.0
 class ProcessHost(EngineHost):
     """
     Attributes:
-        ready: of the loaded model.
+        model: that the child has loaded.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class ProcessHost(EngineHost):
             self._process.wait()
             raise answer
         assert isinstance(answer, Ready)
-        self.ready = answer
+        self.model = answer.model
         self._stats = answer.stats
         self._outbox: queue.SimpleQueue[ToChild] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []

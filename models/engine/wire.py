@@ -6,27 +6,23 @@ import io
 import pickle
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from models.engine.messages import Abort, EngineStats, GenerationDelta, GenerationRequest
+from models.engine.messages import (
+    Abort,
+    EngineStats,
+    GenerationDelta,
+    GenerationRequest,
+    ServedModel,
+)
 from models.errors import EngineDead
-
-if TYPE_CHECKING:
-    from models.checkpoints import ModelSpec
-    from models.vision import ImagePreprocessor
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What the callers' side must know of the model that the child has loaded."""
-
-    spec: ModelSpec
-    preprocessor: ImagePreprocessor
-    max_model_len: int
-    stop_token_ids: frozenset[int]
-    description: dict[str, str]
+    model: ServedModel
     stats: EngineStats
 
 
