@@ -6,16 +6,13 @@ stays here: its messages can hold addresses and paths.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import io
 import logging
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from PIL import Image
 
@@ -26,7 +23,6 @@ logger = logging.getLogger("ray.serve")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats with decoders that only draw. PIL knows others that start programs (EPS). A phone's MPO
 is opened as JPEG; PIL fails on all pictures where it is listed."""
-DECODE_THREADS = 2
 DATA_URL = re.compile(r"\s*data:(?P<type>[^,;]*)(?P<parameters>(;[^,;]*)*),", re.IGNORECASE)
 URL = re.compile(r"\s*[a-z][a-z0-9+.-]{1,15}://", re.IGNORECASE)
 PREFIX_CHARS = 512
@@ -48,25 +44,6 @@ class ImageLimits:
     max_pixels: int
     max_side: int
     max_request_pixels: int
-
-
-class ImageDecoder:
-    """Decodes in threads of its own, so that a large picture does not stop the event loop."""
-
-    def __init__(self, limits: ImageLimits) -> None:
-        self._limits = limits
-        self._pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
-
-    async def decode(self, images: Sequence[str]) -> list[Image.Image]:
-        """`decode_images`, off the event loop."""
-        if not images:
-            return []
-        work = partial(decode_images, images, self._limits)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    def close(self) -> None:
-        # A cancelled future would reach its caller as the cancellation of the caller's own task.
-        self._pool.shutdown(wait=False)
 
 
 def decode_images(images: Sequence[str], limits: ImageLimits) -> list[Image.Image]:

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import io
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
@@ -20,13 +20,13 @@ from PIL import Image
 from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.load_board import ApplicationLoad
-from deployments.media import ImageDecoder, ImageLimits
+from deployments.media import ImageLimits, decode_images
 from deployments.pacing import paced
 from deployments.records import error_record, frame, text_record
 from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest
 from models import GenerationDelta, Usage
 from models.errors import EngineFault
-from models.prompts.templates import Template, get_template
+from models.prompts.templates import Template
 
 if TYPE_CHECKING:
     from models import Engine
@@ -55,13 +55,11 @@ class ModelWorker:
             max_images=config.max_images,
             max_prompt_chars=PROMPT_CHARS_PER_TOKEN * engine.context_length,
         )
-        self._decoder = ImageDecoder(
-            ImageLimits(
-                max_bytes=config.max_image_bytes,
-                max_pixels=config.max_image_pixels,
-                max_side=config.max_image_side,
-                max_request_pixels=config.max_request_pixels,
-            )
+        self._image_limits = ImageLimits(
+            max_bytes=config.max_image_bytes,
+            max_pixels=config.max_image_pixels,
+            max_side=config.max_image_side,
+            max_request_pixels=config.max_request_pixels,
         )
 
     async def generate_stream(self, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -81,7 +79,7 @@ class ModelWorker:
             text = request.prompt if request.echo else ""
             is_empty = request.params.max_new_tokens == 0
             updates = paced(
-                partial(self._start, request),
+                self._start(request),
                 min_interval_s=1 / self.config.max_records_per_s,
                 sign_of_life_s=self.config.sign_of_life_s,
             )
@@ -148,7 +146,7 @@ class ModelWorker:
     @property
     def template(self) -> Template:
         """The conversation template that the model was trained with."""
-        return get_template(self.engine.spec.prompt.template)
+        return self.engine.template
 
     def load(self) -> ApplicationLoad:
         """The application's: this replica's, as long as it knows of no others."""
@@ -213,14 +211,12 @@ class ModelWorker:
 
     async def close(self) -> None:
         """Ends what runs, and the engine."""
-        self._decoder.close()
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
 
-    async def _start(self, request: WorkerRequest) -> AsyncIterator[GenerationDelta]:
-        images = await self._decoder.decode(request.images)
+    def _start(self, request: WorkerRequest) -> AsyncGenerator[GenerationDelta, None]:
         return self.engine.stream(
             request.model_prompt,
-            images,
+            partial(decode_images, request.images, self._image_limits),
             request.params,
             queue_timeout_s=self.config.queue_timeout_s,
             min_interval_s=1 / self.config.max_records_per_s,

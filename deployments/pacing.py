@@ -7,7 +7,7 @@ between two updates waits in one string. So a slow client costs memory for its o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class _Gathered:
 
 
 async def paced(
-    start: Callable[[], Awaitable[AsyncIterator[GenerationDelta]]],
+    deltas: AsyncGenerator[GenerationDelta, None],
     *,
     min_interval_s: float,
     sign_of_life_s: float,
@@ -58,14 +58,10 @@ async def paced(
     """Yields the first text at once, then an update at most every `min_interval_s` seconds.
 
     While nothing comes, an empty update every `sign_of_life_s`. The last one carries the
-    finish_reason. Closing it, or cancelling whoever iterates over it, closes the engine's iterator.
-
-    Args:
-        start: prepares and returns the engine's iterator; counts as waiting.
+    finish_reason. Closing it, or cancelling whoever iterates over it, closes `deltas`.
     """
     gathered = _Gathered()
-    reader = asyncio.create_task(_read(start, gathered))
-    del start  # it holds the request, whose pictures may be large
+    reader = asyncio.create_task(_read(deltas, gathered))
     try:
         while not gathered.ended.is_set():
             if not await within(gathered.fresh, sign_of_life_s):
@@ -84,13 +80,9 @@ async def paced(
         await asyncio.gather(reader, return_exceptions=True)
 
 
-async def _read(
-    start: Callable[[], Awaitable[AsyncIterator[GenerationDelta]]], gathered: _Gathered
-) -> None:
+async def _read(deltas: AsyncGenerator[GenerationDelta, None], gathered: _Gathered) -> None:
     try:
-        deltas = await start()
-        del start
-        async with aclosing(deltas):  # type: ignore[type-var]
+        async with aclosing(deltas):
             async for delta in deltas:
                 gathered.add(delta)
     finally:

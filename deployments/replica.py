@@ -120,6 +120,7 @@ def load_replica_engine(config: AppConfig, plan: Plan, max_num_seqs: int) -> Eng
         template=config.conv_mode,
         token_order=config.token_order,
         tinychat_prompt_rewrite=config.tinychat_prompt_rewrite,
+        own_process=True,
         max_num_seqs=max_num_seqs,
         **config.engine_options(),
     )

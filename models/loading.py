@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,19 @@ from models.checkpoints import Checkpoint, open_checkpoint
 from models.engine.allocator import keep_freed_memory
 from models.engine.core import EngineCore
 from models.engine.engine import Engine
+from models.engine.host import EngineHost, ThreadHost
 from models.engine.image_cache import ImageEmbeddingCache
+from models.engine.loop import EngineLoop
+from models.engine.messages import ServedModel
 from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
+from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
 from models.engine.sizing import resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
-from models.prompts import Tokenizer, get_template, load_tokenizer
+from models.prompts import Tokenizer, load_template, load_tokenizer, stop_token_ids
 from models.vision import ImagePreprocessor, load_vision
 
 logger = logging.getLogger(__name__)
@@ -33,7 +38,71 @@ DTYPES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class LoadedCore:
+    """A model in memory and the core that runs it, without a thread yet.
+
+    Attributes:
+        num_threads: of the CPU, for its steps.
+    """
+
+    core: EngineCore
+    model: ServedModel
+    tokenizer: Tokenizer
+    num_threads: int
+
+
 def load_engine(
+    model_path: str | Path,
+    quant_path: str | Path | None = None,
+    precision: Literal["W4A16", "W16A16"] = "W4A16",
+    *,
+    tinychat_prompt_rewrite: bool = False,
+    own_process: bool = False,
+    **options: Any,
+) -> Engine:
+    """Loads a checkpoint and starts its engine.
+
+    Args:
+        model_path: a checkpoint's folder, or a Hub id.
+        quant_path: the AWQ weights, a file or a folder; by default found in `model_path`.
+        precision: "W4A16" (AWQ weights) or "W16A16".
+        tinychat_prompt_rewrite: put TinyChat's backslash, "n" and space behind each picture.
+        own_process: steps run in a child process. A server wants that: its own Python code does
+            not slow the model's down then, nor the other way round. It takes some 300 MB more.
+        options: see `load_core`.
+
+    Raises:
+        CheckpointError: the files cannot be served; says which and why.
+        ConfigurationError: the options cannot be fulfilled.
+        EngineDead: the child process ended while it was loading.
+    """
+    arguments = {
+        "model_path": model_path, "quant_path": quant_path, "precision": precision, **options,
+    }  # fmt: skip
+    host: EngineHost
+    if own_process:
+        host = child = ProcessHost(arguments)
+        model = child.model
+        tokenizer = load_tokenizer(model.spec.tokenizer_path, model.spec.prompt.tokenization)
+    else:
+        loaded = load_core(**arguments)
+        host = ThreadHost(EngineLoop(loaded.core, loaded.num_threads))
+        model, tokenizer = loaded.model, loaded.tokenizer
+    preparer = RequestPreparer(
+        model.spec, tokenizer, model.preprocessor, model.max_model_len, tinychat_prompt_rewrite
+    )
+    template = load_template(model.spec.prompt, model.spec.tokenizer_path, tokenizer)
+    return Engine(
+        host,
+        preparer,
+        template,
+        stop_token_ids=model.stop_token_ids,
+        description=model.description,
+    )
+
+
+def load_core(
     model_path: str | Path,
     quant_path: str | Path | None = None,
     precision: Literal["W4A16", "W16A16"] = "W4A16",
@@ -44,15 +113,10 @@ def load_engine(
     cpus: int | None = None,
     template: str | None = None,
     token_order: Literal["row", "column"] | None = None,
-    tinychat_prompt_rewrite: bool = False,
     **engine_options: Any,
-) -> Engine:
-    """Loads a checkpoint and starts its engine.
-
+) -> LoadedCore:
+    """
     Args:
-        model_path: a checkpoint's folder, or a Hub id.
-        quant_path: the AWQ weights, a file or a folder; by default found in `model_path`.
-        precision: "W4A16" (AWQ weights) or "W16A16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
             and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
@@ -63,8 +127,7 @@ def load_engine(
         engine_options: see `EngineOptions`.
 
     Raises:
-        CheckpointError: the files cannot be served; says which and why.
-        ConfigurationError: the options cannot be fulfilled.
+        CheckpointError, ConfigurationError: see `load_engine`.
     """
     options = EngineOptions(**engine_options)
     target = _device(device)
@@ -80,7 +143,8 @@ def load_engine(
     spec = checkpoint.spec
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     backend = select_backend(target, kind)
-    tokenizer = load_tokenizer(spec.tokenizer_path)
+    tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
+    conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(
         checkpoint.language,
@@ -101,20 +165,11 @@ def load_engine(
     core = EngineCore(
         runner,
         tokenizer,
-        _stop_tokens(spec.prompt.template, tokenizer),
+        stop_token_ids(conversation_template, tokenizer),
         max_model_len=sizes.max_model_len,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
-    )
-    preparer = RequestPreparer(
-        spec,
-        tokenizer,
-        ImagePreprocessor(
-            spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
-        ),
-        sizes.max_model_len,
-        tinychat_prompt_rewrite,
     )
     description = {
         "model": spec.name,
@@ -132,7 +187,16 @@ def load_engine(
     }
     if target.type == "cpu":
         keep_freed_memory()  # after the weights, whose loading leaves gaps behind
-    return Engine(core, preparer, num_threads=threads, description=description)
+    model = ServedModel(
+        spec,
+        ImagePreprocessor(
+            spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
+        ),
+        core.max_model_len,
+        core.scheduler.eos_token_ids,
+        description,
+    )
+    return LoadedCore(core, model, tokenizer, threads)
 
 
 def _device(device: str) -> torch.device:
@@ -167,9 +231,3 @@ def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dt
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _stop_tokens(template: str, tokenizer: Tokenizer) -> set[int]:
-    """The tokenizer's end of sequence, and what the conversation template ends turns with."""
-    named = (tokenizer.token_to_id(token) for token in get_template(template).stop_token_strs)
-    return {*tokenizer.eos_token_ids, *(token for token in named if token is not None)}

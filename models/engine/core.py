@@ -98,7 +98,7 @@ class EngineCore:
         """Raises AssertionError if a KV block is leaked, lost or doubly owned. O(blocks)."""
         self.scheduler.check_integrity()
 
-    def stats(self, *, dead: bool = False) -> EngineStats:
+    def stats(self) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.pool
         return EngineStats(
             num_running=len(scheduler.running),
@@ -114,5 +114,4 @@ class EngineCore:
             num_steps=self.num_steps,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
-            dead=dead,
         )

@@ -1,48 +1,42 @@
-"""The engine as its callers see it, and the one thread that runs every step.
+"""The engine as its callers see it, from any thread and any event loop.
 
-callers (any thread, any event loop)            engine thread
-------------------------------------            -------------
 prepare() in a pool ──GenerationRequest──┐
-cancel / abort() ─────────────Abort──────┴─> inbox ─> core.add / core.abort
-                                                      core.step()
-iterator <── queue <── GenerationDelta ──────────────  deliver: one wake-up per loop and step
+cancel / abort() ─────────────Abort──────┴─> host, where the steps run
+iterator <── mailbox <── GenerationDelta ─── _deliver: one wake-up per event loop and step
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import queue
 import threading
-from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 from PIL.Image import Image
 
 from models.checkpoints import ModelSpec
-from models.engine.core import EngineCore
+from models.engine.host import EngineHost
 from models.engine.mailbox import Mailbox, ring_all
 from models.engine.messages import Abort, EngineStats, GenerationDelta, GenerationRequest, Usage
 from models.engine.preparation import RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
+from models.prompts import Template
 
-logger = logging.getLogger(__name__)
-
-MAX_FAILED_STEPS = 3
-"""Steps that fail in a row before the engine gives up: by then the device itself is broken."""
 PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
 
 
 Subscriber: TypeAlias = "Mailbox | queue.SimpleQueue[GenerationDelta]"
 """Where one request's deltas go: to a coroutine, or to a thread."""
+Images: TypeAlias = Sequence[Image] | Callable[[], Sequence[Image]]
 
 
 class Engine:
@@ -50,27 +44,26 @@ class Engine:
 
     def __init__(
         self,
-        core: EngineCore,
+        host: EngineHost,
         preparer: RequestPreparer,
+        template: Template,
         *,
-        num_threads: int,
+        stop_token_ids: frozenset[int],
         description: dict[str, str],
     ) -> None:
-        self._core = core
+        self._host = host
         self._preparer = preparer
-        self._num_threads = num_threads
+        self._stop_token_ids = stop_token_ids
+        self.template = template
+        """The model's conversation template. Prompts come finished; their senders may use it."""
         self._description = description
         self._pool = ThreadPoolExecutor(
             min(PREPARE_THREADS, os.cpu_count() or 1), thread_name_prefix="prepare"
         )
-        self._inbox: deque[GenerationRequest | Abort] = deque()
-        self._wake = threading.Event()
         self._subscribers: dict[str, Subscriber] = {}
         self._lock = threading.Lock()  # guards _subscribers and _stopped against each other
         self._stopped: EngineDead | None = None
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        host.start(self._deliver, self._stop)
 
     # ---- what callers use -------------------------------------------------------------------
 
@@ -86,7 +79,7 @@ class Engine:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """The model's own: any of them ends an answer."""
-        return self._core.scheduler.eos_token_ids
+        return self._stop_token_ids
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens a prompt has, each "<image>" with all the positions of a picture."""
@@ -99,7 +92,7 @@ class Engine:
     async def stream(
         self,
         prompt: str,
-        images: Sequence[Image] = (),
+        images: Images = (),
         params: SamplingParams = DEFAULT_PARAMS,
         *,
         request_id: str | None = None,
@@ -112,6 +105,8 @@ class Engine:
 
         Args:
             prompt: the text as a client sends it, one "<image>" for each of `images`.
+            images: or a function that returns them, decoded or not. It is called, as everything
+                that is slow about a request is done, in one of the engine's own threads.
             queue_timeout_s: how long it may wait for its turn.
             min_interval_s: between two deltas; what comes faster is merged. Whoever wants only so
                 many a second should say so here: each delta costs the event loop a wake-up.
@@ -125,7 +120,7 @@ class Engine:
         self.check_health()
         loop = asyncio.get_running_loop()
         prepare = partial(
-            self._preparer.prepare,
+            self._prepare,
             prompt, images, params, request_id=request_id, queue_timeout_s=queue_timeout_s,
         )  # fmt: skip
         del images  # decoded, they may be large; they are not to be held until the answer's end
@@ -199,25 +194,22 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Takes a request back between two steps; harmless if it has ended or is unknown."""
-        self._inbox.append(Abort(request_id))
-        self._wake.set()
+        self._host.post(Abort(request_id))
 
     def stats(self) -> EngineStats:
         """A snapshot from another thread: each figure right, together perhaps a step apart."""
-        return self._core.stats(dead=self._stopped is not None)
+        return replace(self._host.stats(), dead=self._stopped is not None)
 
     def check_health(self) -> None:
-        """Raises EngineDead if the engine's thread no longer runs."""
+        """Raises EngineDead if the engine can answer no more."""
         if self._stopped is not None:
             raise _again(self._stopped)
-        if not self._thread.is_alive():
-            raise EngineDead("the engine's thread has died")
+        if not self._host.is_alive():
+            raise EngineDead("the engine has died")
 
     def close(self) -> None:
-        """Ends what runs and waits, and stops the thread. May be called more than once."""
-        self._closing = True
-        self._wake.set()
-        self._thread.join()
+        """Ends what runs and waits. May be called more than once."""
+        self._host.close()
         # What is being prepared goes on, and is then refused: a cancelled future would reach its
         # caller as the cancellation of the caller's own task.
         self._pool.shutdown(wait=False)
@@ -230,6 +222,12 @@ class Engine:
 
     # ---- the boundary -----------------------------------------------------------------------
 
+    def _prepare(
+        self, prompt: str, images: Images, params: SamplingParams, **options: Any
+    ) -> GenerationRequest:
+        pictures = images() if callable(images) else images
+        return self._preparer.prepare(prompt, pictures, params, **options)
+
     def _submit(self, request: GenerationRequest, subscriber: Subscriber) -> None:
         with self._lock:
             if self._stopped is not None:
@@ -237,8 +235,7 @@ class Engine:
             if request.request_id in self._subscribers:
                 raise InvalidRequest("request_id", f"{request.request_id!r} is in use already")
             self._subscribers[request.request_id] = subscriber
-        self._inbox.append(request)
-        self._wake.set()
+        self._host.post(request)
 
     def _deliver(self, deltas: list[GenerationDelta]) -> None:
         """Hands each delta to its request's reader; at most one wake-up per event loop and step."""
@@ -261,53 +258,11 @@ class Engine:
             with suppress(RuntimeError):  # closed in this moment; the next delta will find it so
                 loop.call_soon_threadsafe(ring_all, mailboxes)
 
-    # ---- the engine's thread ----------------------------------------------------------------
-
-    def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)
-        stopped = EngineDead("the engine has been closed")
-        failed_steps = 0
-        try:
-            while not self._closing:
-                self._deliver(self._read_inbox())
-                if not self._core.has_work:
-                    self._core.check_idle()
-                    self._wake.wait()
-                    self._wake.clear()
-                    continue
-                try:
-                    self._deliver(self._core.step())
-                    failed_steps = 0
-                except Exception as error:
-                    failed_steps += 1
-                    logger.exception("an engine step failed (%d in a row)", failed_steps)
-                    self._deliver(self._core.fail_running(error))
-                    if failed_steps >= MAX_FAILED_STEPS:
-                        raise
-        except BaseException as error:
-            logger.exception("the engine's thread has died")
-            stopped = EngineDead(f"the engine has died of {type(error).__name__}")
-        finally:
-            self._stop(stopped)
-
-    def _read_inbox(self) -> list[GenerationDelta]:
-        deltas: list[GenerationDelta] = []
-        while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, Abort):
-                deltas += self._core.abort(message.request_id)
-            else:
-                self._core.add(message)
-        return deltas
-
     def _stop(self, reason: EngineDead) -> None:
         """Refuses new requests and ends the others; nobody is left waiting for an answer."""
         with self._lock:
             self._stopped = reason
             left = list(self._subscribers)
-        scheduler = self._core.scheduler
-        for seq in (*scheduler.running, *scheduler.waiting):
-            scheduler.finish(seq, "error", error=reason)
         self._deliver([GenerationDelta(r, finish_reason="error", error=reason) for r in left])
 
 

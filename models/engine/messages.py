@@ -13,7 +13,8 @@ from models.engine.sampling_params import SamplingParams
 from models.errors import TinyChatError
 
 if TYPE_CHECKING:
-    from models.vision.preprocessing import PreparedImage
+    from models.checkpoints import ModelSpec
+    from models.vision.preprocessing import ImagePreprocessor, PreparedImage
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -87,6 +88,23 @@ class GenerationDelta:
 
 
 @dataclass(frozen=True)
+class ServedModel:
+    """What the callers' side must know of the model that a host has loaded.
+
+    Attributes:
+        max_model_len: prompt and answer together, in tokens.
+        stop_token_ids: the model's own; any of them ends an answer.
+        description: what is loaded, where and how, for start-up lines.
+    """
+
+    spec: ModelSpec
+    preprocessor: ImagePreprocessor
+    max_model_len: int
+    stop_token_ids: frozenset[int]
+    description: dict[str, str]
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot of what the engine holds; blocks_free + blocks_cached + blocks_used is total."""
 
@@ -103,4 +121,4 @@ class EngineStats:
     num_steps: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
-    dead: bool
+    dead: bool = False

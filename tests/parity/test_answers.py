@@ -13,6 +13,7 @@ from models import Engine, SamplingParams, load_engine
 from models.errors import CheckpointError, ConfigurationError
 from tests.parity.test_tokens import QUESTIONS, WIDE
 from tests.synthetic import awq_file, rewrite_json, write_tiny_llava, write_tiny_vila
+from tests.unit.engine.harness import core_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=16, ignore_eos=True)
 PROMPT = QUESTIONS[1][0]
@@ -51,7 +52,7 @@ def test_each_layout_answers_in_each_precision_by_default(
     if not torch.cuda.is_available():
         assert said["dtype"] == "bfloat16"
         assert said["backend"] == ("cpu_int4" if precision == "W4A16" else "torch")
-        linear = engine._core.runner.decoder.model.layers[0].mlp.down_proj  # type: ignore[union-attr]
+        linear = core_of(engine).runner.decoder.model.layers[0].mlp.down_proj  # type: ignore[union-attr]
         assert getattr(linear, "backend", "torch") == said["backend"]
 
 

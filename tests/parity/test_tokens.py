@@ -17,6 +17,7 @@ from models import Engine, SamplingParams, load_engine
 from models.engine.sequence import Sequence as EngineSequence
 from tests.parity.references import VOCABULARY, Llava, Reference, Vila
 from tests.synthetic import rewrite_json, write_tiny_llava, write_tiny_vila
+from tests.unit.engine.harness import core_of
 
 LENGTH = 12
 GREEDY = SamplingParams(temperature=0, max_new_tokens=LENGTH, ignore_eos=True)
@@ -94,14 +95,14 @@ def tokens_of(engine: Engine, question: Question) -> list[int]:
 def record_logits(engine: Engine) -> dict[str, list[Tensor]]:
     """From now on, the logits behind every token, by request."""
     recorded: dict[str, list[Tensor]] = {}
-    sample = engine._core.sampler.sample
+    sample = core_of(engine).sampler.sample
 
     def sampled(logits: Tensor, seqs: Sequence[EngineSequence]) -> list[int]:
         for row, seq in zip(logits, seqs, strict=True):
             recorded.setdefault(seq.request_id, []).append(row.clone())
         return sample(logits, seqs)
 
-    engine._core.sampler.sample = sampled  # type: ignore[method-assign]
+    core_of(engine).sampler.sample = sampled  # type: ignore[method-assign]
     return recorded
 
 

@@ -20,6 +20,7 @@ from models.errors import EngineDead, InvalidRequest
 
 if TYPE_CHECKING:
     from models import Engine
+    from models.engine.engine import Images
 
 PATIENCE_S = 10.0
 """How long a test waits for what must happen; never reached unless it does not."""
@@ -49,18 +50,21 @@ class FakeEngine:
         self.dead: EngineDead | None = None
         self.closed = False
         self.running = 0
+        self.preparing: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
         self.asked: list[tuple[str, list[Image.Image], SamplingParams, float | None]] = []
 
     async def stream(
         self,
         prompt: str,
-        images: Sequence[Image.Image] = (),
+        images: Images = (),
         params: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         *,
         queue_timeout_s: float | None = None,
         min_interval_s: float = 0.0,
     ) -> AsyncIterator[GenerationDelta]:
-        self.asked.append((prompt, list(images), params, queue_timeout_s))
+        await self.preparing()
+        pictures = images() if callable(images) else images
+        self.asked.append((prompt, list(pictures), params, queue_timeout_s))
         if params.max_new_tokens == 0:
             yield delta(finish_reason="length")
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import builtins
 import io
@@ -12,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from dataclasses import replace
@@ -25,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deployments.media import ImageDecoder, ImageLimits, decode_images
+from deployments.media import ImageLimits, decode_images
 from models.errors import InvalidRequest
 from tests.unit.deployments.harness import encoded, outcome
 
@@ -445,38 +443,6 @@ class TestDamage:
             (image,) = found
             assert image.mode == "RGB"
             assert image.width * image.height <= LIMITS.max_pixels
-
-
-class TestImageDecoder:
-    async def test_it_decodes_in_threads_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from deployments import media
-
-        threads: list[str] = []
-
-        def watched(images: Any, limits: ImageLimits) -> list[Image.Image]:
-            threads.append(threading.current_thread().name)
-            return decode_images(images, limits)
-
-        monkeypatch.setattr(media, "decode_images", watched)
-        decoder = ImageDecoder(LIMITS)
-        (image,) = await decoder.decode([TestBase64.text])
-        assert image.size == (8, 4)
-        assert [name.partition("_")[0] for name in threads] == ["decode"]
-        assert await decoder.decode([]) == []
-        assert len(threads) == 1  # a request without pictures costs none
-        with pytest.raises(InvalidRequest):
-            await decoder.decode(["QUJD"])
-        decoder.close()
-
-    async def test_closing_it_cancels_nobodys_task(self) -> None:
-        """Requests that are being decoded still get an answer, if only that the engine is gone."""
-        decoder = ImageDecoder(LIMITS)
-        images = [encoded(Image.new("L", (500, 500)))]
-        decoding = [asyncio.create_task(decoder.decode(images)) for _ in range(8)]
-        await asyncio.sleep(0)
-        decoder.close()
-        results = await asyncio.gather(*decoding, return_exceptions=True)
-        assert [type(result) for result in results] == [list] * 8
 
 
 def test_importing_the_http_side_does_not_load_torch() -> None:

@@ -200,12 +200,12 @@ class TestDoor:
     @pytest.mark.parametrize("phase", ["unstarted", "first", "preparing", "waiting", "running"])
     @pytest.mark.parametrize("by", ["aclose", "cancel"])
     async def test_a_caller_that_leaves_frees_its_place_in_every_phase(
-        self, phase: str, by: str, monkeypatch: pytest.MonkeyPatch
+        self, phase: str, by: str
     ) -> None:
         engine = FakeEngine(["A ", forever] if phase == "running" else [forever])
         worker = make_worker(engine, sign_of_life_s=0.005)
         if phase == "preparing":
-            monkeypatch.setattr(worker._decoder, "decode", lambda images: forever())
+            engine.preparing = forever
         taken: list[bytes] = []
         stream: Any = worker.generate_stream_gate({"prompt": "hi "})
 
@@ -268,13 +268,13 @@ class TestDoor:
     async def test_pictures_of_a_refused_request_are_not_decoded(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def forbidden(images: Any) -> Any:
+        def forbidden(*_: Any) -> Any:
             raise AssertionError("decoded")
 
         worker = make_worker(FakeEngine([forever]), max_num_seqs=1, max_waiting=0)
         holder: Any = worker.generate_stream({"prompt": "hi"})
         await next_record(holder)
-        monkeypatch.setattr(worker._decoder, "decode", forbidden)
+        monkeypatch.setattr("deployments.model_worker.decode_images", forbidden)
         (record,) = await gate_records(worker, {"prompt": "<image>", "images": [RED_PICTURE]})
         assert record["error_type"] == "overloaded"
         await holder.aclose()

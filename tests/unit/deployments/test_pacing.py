@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from itertools import pairwise
 from typing import Any
@@ -32,10 +32,7 @@ class Source:
             self.queue.put_nowait(item)
         return self
 
-    async def start(self) -> AsyncIterator[GenerationDelta]:
-        return self._deltas()
-
-    async def _deltas(self) -> AsyncIterator[GenerationDelta]:
+    async def deltas(self) -> AsyncGenerator[GenerationDelta, None]:
         self.started = True
         try:
             while (item := await self.queue.get()) is not None:
@@ -51,7 +48,7 @@ class Source:
 def updates_of(
     source: Source, *, min_interval_s: float = 0.0, sign_of_life_s: float = NEVER_S
 ) -> Any:
-    return paced(source.start, min_interval_s=min_interval_s, sign_of_life_s=sign_of_life_s)
+    return paced(source.deltas(), min_interval_s=min_interval_s, sign_of_life_s=sign_of_life_s)
 
 
 async def next_of(updates: Any) -> Update:
@@ -179,22 +176,24 @@ async def test_an_error_before_any_text_is_the_only_thing_that_comes() -> None:
 
 
 async def test_an_error_of_the_preparation_is_raised() -> None:
-    async def start() -> AsyncIterator[GenerationDelta]:
+    async def deltas() -> AsyncGenerator[GenerationDelta, None]:
         raise InvalidRequest("images[0]", "is empty")
+        yield
 
     with pytest.raises(InvalidRequest):
-        await collect(paced(start, min_interval_s=0, sign_of_life_s=NEVER_S))
+        await collect(paced(deltas(), min_interval_s=0, sign_of_life_s=NEVER_S))
 
 
 async def test_preparation_counts_as_waiting() -> None:
     ready = asyncio.Event()
     source = Source().push(delta("word", finish_reason="stop"), None)
 
-    async def start() -> AsyncIterator[GenerationDelta]:
+    async def deltas() -> AsyncGenerator[GenerationDelta, None]:
         await ready.wait()
-        return await source.start()
+        async for item in source.deltas():
+            yield item
 
-    updates = paced(start, min_interval_s=0, sign_of_life_s=SHORT_S)
+    updates = paced(deltas(), min_interval_s=0, sign_of_life_s=SHORT_S)
     assert (await next_of(updates)).text == ""
     ready.set()
     assert [u.text for u in await collect(updates) if u.text] == ["word"]
@@ -214,15 +213,16 @@ async def test_closing_it_closes_the_engines_iterator(taken: int) -> None:
 async def test_closing_it_during_preparation_cancels_that() -> None:
     cancelled = asyncio.Event()
 
-    async def start() -> AsyncIterator[GenerationDelta]:
+    async def deltas() -> AsyncGenerator[GenerationDelta, None]:
         try:
             await asyncio.sleep(NEVER_S)
         except asyncio.CancelledError:
             cancelled.set()
             raise
         raise AssertionError("unreachable")
+        yield
 
-    updates: Any = paced(start, min_interval_s=0, sign_of_life_s=SHORT_S)
+    updates: Any = paced(deltas(), min_interval_s=0, sign_of_life_s=SHORT_S)
     async with aclosing(updates):
         await next_of(updates)
     assert cancelled.is_set()

@@ -14,6 +14,8 @@ from transformers import LlamaConfig
 
 from models.awq import W4A16Linear, quantize_rtn
 from models.engine.core import EngineCore
+from models.engine.engine import Engine
+from models.engine.host import ThreadHost
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.messages import GenerationDelta, GenerationRequest, ImageSpan
 from models.engine.runner import ModelRunner
@@ -93,6 +95,12 @@ def build_core(
         max_num_batched_tokens=budget,
         enable_prefix_caching=caching,
     )
+
+
+def core_of(engine: Engine) -> EngineCore:
+    """The core of an engine that runs in this process."""
+    assert isinstance(engine._host, ThreadHost)
+    return engine._host.loop.core
 
 
 def request(

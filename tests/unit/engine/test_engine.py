@@ -26,6 +26,7 @@ from models.errors import (
     TinyChatError,
 )  # fmt: skip
 from tests.synthetic import write_tiny_llava
+from tests.unit.engine.harness import core_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_new_tokens=400, ignore_eos=True)
@@ -49,13 +50,13 @@ def engine(folder: Path) -> Iterator[Engine]:
 def settle(engine: Engine) -> None:
     """Waits for the engine to be idle, then asserts that every block has come back."""
     deadline = time.monotonic() + 10
-    while engine._subscribers or engine._core.has_work:
+    while engine._subscribers or core_of(engine).has_work:
         assert time.monotonic() < deadline, engine.stats()
         time.sleep(0.005)
     stats = engine.stats()
     assert stats.blocks_used == 0
     assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
-    engine._core.check_integrity()
+    core_of(engine).check_integrity()
 
 
 def join(deltas: list[GenerationDelta]) -> str:
@@ -72,6 +73,26 @@ async def test_all_faces_give_the_same_answer(engine: Engine) -> None:
     assert one[-1].usage.completion_tokens == 12
     assert one[-1].usage.prompt_tokens == two[-1].usage.prompt_tokens > 16
     assert [d.finish_reason for d in two[:-1]] == [None] * (len(two) - 1)
+
+
+async def test_pictures_may_come_from_a_function_that_runs_off_the_event_loop(
+    engine: Engine,
+) -> None:
+    prompt = "USER: <image>\nWhat is this? ASSISTANT:"
+    threads: list[str] = []
+
+    def decode() -> list[Image.Image]:
+        threads.append(threading.current_thread().name)
+        return [PICTURE]
+
+    def refuse() -> list[Image.Image]:
+        raise InvalidRequest("images[0]", "is damaged")
+
+    deltas = [delta async for delta in engine.stream(prompt, decode, GREEDY)]
+    assert join(deltas) == join(list(engine.generate(prompt, [PICTURE], GREEDY)))
+    assert [name.partition("_")[0] for name in threads] == ["prepare"]
+    with pytest.raises(InvalidRequest, match="is damaged"):
+        await anext(engine.stream(prompt, refuse, GREEDY))
 
 
 def test_messages_can_be_pickled(engine: Engine) -> None:
@@ -205,7 +226,7 @@ async def test_wrong_requests_are_refused_before_they_are_queued(
 async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = engine._core.runner.run
+    run = core_of(engine).runner.run
     calls = 0
 
     def fail_once(batch: object) -> torch.Tensor:
@@ -215,7 +236,7 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
             raise RuntimeError("pretended")
         return run(batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._core.runner, "run", fail_once)
+    monkeypatch.setattr(core_of(engine).runner, "run", fail_once)
     with pytest.raises(EngineFault):
         [delta async for delta in engine.stream("hello", params=GREEDY)]
     assert join([d async for d in engine.stream("hello", params=GREEDY)])
@@ -228,7 +249,7 @@ def test_an_engine_that_fails_again_and_again_dies_and_says_so(folder: Path) -> 
     def fail(batch: object) -> torch.Tensor:
         raise RuntimeError("pretended")
 
-    engine._core.runner.run = fail  # type: ignore[method-assign,assignment]
+    core_of(engine).runner.run = fail  # type: ignore[method-assign,assignment]
     for _ in range(3):
         with pytest.raises((EngineFault, EngineDead)):
             list(engine.generate("hello", params=GREEDY))
@@ -255,11 +276,11 @@ async def test_an_abort_is_honoured_between_two_steps(folder: Path, phase: str) 
             await reading
             reading = asyncio.create_task(anext(gone))
         else:
-            scheduler = engine._core.scheduler
+            scheduler = core_of(engine).scheduler
             line = scheduler.waiting if phase == "waiting" else scheduler.running
             while not any(seq.request_id == "gone" for seq in list(line)):
                 await asyncio.sleep(0.001)
-        core = engine._core
+        core = core_of(engine)
         honoured: list[int] = []
         abort = core.abort
 
@@ -328,7 +349,7 @@ async def test_a_thread_that_dies_leaves_nobody_waiting(folder: Path) -> None:
     waiting = asyncio.create_task(anext(engine.stream("me too", params=LONG)))
     while engine.stats().num_waiting < 1:
         await asyncio.sleep(0.001)
-    engine._core.runner.run = die  # type: ignore[method-assign,assignment]
+    core_of(engine).runner.run = die  # type: ignore[method-assign,assignment]
     for reading in (waiting, _rest(running)):
         with pytest.raises(EngineDead, match="the engine has died of SystemExit"):
             await reading
