@@ -9,6 +9,7 @@ Tensors have had several names. For the language model's, in the order of transf
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from models.checkpoints.language_config import context_length, read_language_con
 from models.checkpoints.layouts.base import (
     Layout,
     Request,
-    check_image_newline,
     check_precision,
     find_awq_store,
     names_in,
@@ -121,31 +121,37 @@ class HfLayout(Layout):
             tokenizer_path=root,
             context_length=context_length(text_config, language_config),
         )
-        stores = [awq, own]
-        unpads = architecture.merge == "spatial_unpad"
-        patterns = (PROJECTOR, NEWLINE) if unpads else (PROJECTOR,)
-        projector = select_first(stores, "projector", *patterns)
-        if unpads:
-            check_image_newline(projector, "image_newline")
         return Checkpoint(
             spec,
             language,
-            projector.renamed(PROJECTOR_NAMES),
-            select_first(stores, "vision tower", TOWER),
+            _projector([awq, own], architecture),
+            select_first([awq, own], "vision tower", TOWER),
         )
 
 
 def _language(store: TensorStore) -> WeightSource:
     """Everything that is not another component's, so that what is left over is noticed."""
-    own_names = {}
+    layers, others = {}, {}
     for name in names_in(store):
         if match := LANGUAGE.fullmatch(name):
-            own_names[name] = f"model.{match['own']}"
+            layers[name] = f"model.{match['own']}"
         elif match := HEAD.fullmatch(name):
-            own_names[name] = match["own"]
+            others[name] = match["own"]
         elif not any(pattern.fullmatch(name) for pattern in (TOWER, PROJECTOR, NEWLINE)):
-            own_names[name] = name
-    return WeightSource.select("language model", store, own_names)
+            others[name] = name
+    # Messages name a missing tensor after its siblings, the first of which is one of the layers';
+    # but the head is not called after them.
+    old = any(name.startswith("language_model.") for name in layers)
+    head = {"language_model.lm_head.weight" if old else "lm_head.weight": "lm_head.weight"}
+    return WeightSource.select("language model", store, {**layers, **head, **others})
+
+
+def _projector(stores: Sequence[TensorStore | None], architecture: Architecture) -> WeightSource:
+    if architecture.merge == "spatial_unpad":
+        source = select_first(stores, "projector", PROJECTOR, NEWLINE, expected=["image_newline"])
+    else:
+        source = select_first(stores, "projector", PROJECTOR)
+    return source.renamed(PROJECTOR_NAMES)
 
 
 def _check_projector(config: JsonConfig) -> None:
