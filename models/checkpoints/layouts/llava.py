@@ -121,12 +121,10 @@ def _language(store: TensorStore) -> WeightSource:
 
 
 def _projector(stores: Iterable[TensorStore | None], merge: PatchMerge) -> WeightSource:
-    if merge == "spatial_unpad":
-        source = select_first(
-            stores, "projector", PROJECTOR, NEWLINE, expected=["model.image_newline"]
-        )
-    else:
-        source = select_first(stores, "projector", PROJECTOR)
+    unpads = merge == "spatial_unpad"
+    patterns = (PROJECTOR, NEWLINE) if unpads else (PROJECTOR,)
+    expected = ("model.image_newline",) if unpads else ()
+    source = select_first(stores, "projector", *patterns, expected=expected)
     # The only projector with a single layer has no index in its names.
     return source.renamed({"weight": "0.weight", "bias": "0.bias"})
 

@@ -275,9 +275,8 @@ def test_an_older_processors_file_is_read_where_there_is_no_newer_one(hf: Path) 
     [
         ({"model_type": "paligemma"},
          "unknown model_type of transformers' layout 'paligemma'; known: llava, llava_next"),
-        ({"projector_hidden_act": "silu"}, "projector_hidden_act is 'silu'; only 'gelu' is"),
-        ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False; only True"),
-        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer is [-2, -5]; it must be of"),
+        ({"projector_hidden_act": "silu"}, "projector_hidden_act is 'silu'; only gelu is"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer is [-2, -5]; joining the features of"),
         ({"vision_feature_select_strategy": "none"},
          "unknown vision_feature_select_strategy 'none'; known: default, full"),
         ({"text_config": {"model_type": "gemma"}}, "language model family 'gemma'; known: llama"),
