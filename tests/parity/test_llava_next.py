@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.checkpoints import open_checkpoint
 from models.errors import CheckpointError
+from models.vision import load_vision
 from tests.parity.hf import as_flat, respell, text_configs, write_hf
 from tests.parity.test_hf import QUESTIONS, check_equal
 from tests.parity.test_tokens import picture
@@ -82,12 +83,19 @@ def test_the_newline_behind_each_row_must_be_there_and_fit(layout: str, tmp_path
     write_hf(tmp_path / "hf", text_configs()["llama"], tiles=True)
     as_flat(tmp_path / "hf", tmp_path / "flat")
     name = "image_newline" if layout == "hf" else "model.image_newline"
-    weights = tmp_path / layout / "model.safetensors"
-    projector = open_checkpoint(tmp_path / layout, precision="W16A16").projector
-    assert projector.shape("image_newline") == (128,)
-    rewrite_tensors(weights, lambda tensors: tensors.pop(name))
-    with pytest.raises(CheckpointError, match=f"^projector: {name} is missing from model.safete"):
-        open_checkpoint(tmp_path / layout, precision="W16A16")
+    folder, file = tmp_path / layout, "model.safetensors"
+    load(folder)
+    rewrite_tensors(folder / file, lambda tensors: tensors.update({name: torch.zeros(127)}))
+    with pytest.raises(CheckpointError, match=rf"^projector: {name} in {file} has shape \(127,\)"):
+        load(folder)
+    rewrite_tensors(folder / file, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"^projector: {name} is missing from {file}"):
+        load(folder)
+
+
+def load(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder, precision="W16A16")
+    load_vision(checkpoint, torch.device("cpu"), torch.float32)
 
 
 def test_pinpoints_of_the_processor_and_the_model_must_agree(tmp_path: Path) -> None:
@@ -96,5 +104,22 @@ def test_pinpoints_of_the_processor_and_the_model_must_agree(tmp_path: Path) -> 
     assert spec.vision.preprocessing.grid_pinpoints[0] == (64, 32), "width first"
     assert (spec.vision.preprocessing.mode, spec.projector.merge) == ("anyres", "spatial_unpad")
     rewrite_json(tmp_path / "hf/config.json", image_grid_pinpoints=[[32, 64]])
-    with pytest.raises(CheckpointError, match="image_grid_pinpoints is .*; config.json has"):
+    with pytest.raises(CheckpointError, match="image_grid_pinpoints is .*; it must be as in conf"):
         open_checkpoint(tmp_path / "hf", precision="W16A16")
+
+
+def test_llavas_ways_to_join_tiles_are_read(tmp_path: Path) -> None:
+    """Of which only spatial_unpad has a newline; "flat" is the default."""
+    write_hf(tmp_path / "hf", text_configs()["llama"], tiles=True)
+    as_flat(tmp_path / "hf", tmp_path / "flat")
+    config = tmp_path / "flat/config.json"
+    for written, merge in (
+        ("spatial_unpad", "spatial_unpad"), ("spatial", "spatial"), ("flat", "flat"), (None, "flat"),
+    ):  # fmt: skip
+        rewrite_json(config, mm_patch_merge_type=written)
+        checkpoint = open_checkpoint(tmp_path / "flat", precision="W16A16")
+        assert checkpoint.spec.projector.merge == merge
+        assert ("image_newline" in checkpoint.projector.names()) == (merge == "spatial_unpad")
+    rewrite_json(config, mm_patch_merge_type="maxpool2x2")
+    with pytest.raises(CheckpointError, match="mm_patch_merge_type is 'maxpool2x2'; known: flat"):
+        open_checkpoint(tmp_path / "flat", precision="W16A16")
