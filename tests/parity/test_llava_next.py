@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -113,12 +114,10 @@ def test_llavas_ways_to_join_tiles_are_read(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", text_configs()["llama"], tiles=True)
     as_flat(tmp_path / "hf", tmp_path / "flat")
     config = tmp_path / "flat/config.json"
-    for written, merge in (
-        ("spatial_unpad", "spatial_unpad"), ("spatial", "spatial"), ("flat", "flat"), (None, "flat"),
-    ):  # fmt: skip
-        rewrite_json(config, mm_patch_merge_type=written)
+    for merge in ("spatial_unpad", "spatial", "flat", None):
+        rewrite_json(config, mm_patch_merge_type=merge)
         checkpoint = open_checkpoint(tmp_path / "flat", precision="W16A16")
-        assert checkpoint.spec.projector.merge == merge
+        assert checkpoint.spec.projector.merge == (merge or "flat")
         assert ("image_newline" in checkpoint.projector.names()) == (merge == "spatial_unpad")
     rewrite_json(config, mm_patch_merge_type="maxpool2x2")
     with pytest.raises(CheckpointError, match="mm_patch_merge_type is 'maxpool2x2'; known: flat"):

@@ -89,7 +89,7 @@ class HfLayout(Layout):
             ),
             prompt=PromptSpec(
                 template=request.template
-                or choose_template(request.location.name, language_config),
+                or choose_template(request.location.name, language_config, root),
                 tokenization="whole",
             ),
             tokenizer_path=root,

@@ -77,7 +77,7 @@ class LlavaLayout(Layout):
             ),
             prompt=PromptSpec(
                 template=request.template
-                or choose_template(request.location.name, language_config),
+                or choose_template(request.location.name, language_config, root),
                 use_im_start_end=config.get("mm_use_im_start_end", bool, False),
                 use_im_patch_token=config.get("mm_use_im_patch_token", bool, True),
             ),

@@ -188,7 +188,7 @@ def test_a_folder_of_no_known_layout_says_what_is_missing(llava: Path) -> None:
         ("llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
         ("Llama-3-VILA1.5-8B-AWQ", "llama_3"),
         ("vila1.5-8b", "llama_3"),
-        ("VILA1.5-40b", "chatml_direct"),
+        ("VILA1.5-40b", "hermes-2"),
         ("llava-v1.6-34b", "chatml_direct"),
     ],
 )
@@ -276,7 +276,7 @@ def test_an_older_processors_file_is_read_where_there_is_no_newer_one(hf: Path) 
         ({"model_type": "paligemma"},
          "unknown model_type of transformers' layout 'paligemma'; known: llava, llava_next"),
         ({"projector_hidden_act": "silu"}, "projector_hidden_act is 'silu'; only gelu is"),
-        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer is [-2, -5]; joining the features of"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer is [-2, -5]; joining the"),
         ({"vision_feature_select_strategy": "none"},
          "unknown vision_feature_select_strategy 'none'; known: default, full"),
         ({"text_config": {"model_type": "gemma"}}, "language model family 'gemma'; known: llama"),
