@@ -19,6 +19,7 @@ from models.awq.formats.base import (
     FLOATS,
     AwqFormat,
     TensorHeader,
+    check_finite,
     impossible_layer,
     wrong_dtype,
     wrong_shape,
@@ -83,7 +84,8 @@ def unpack(
     """The canonical form. Zero points are exact; the stored product's rounding is undone.
 
     Raises:
-        ValueError: the shapes do not fit together, or a zero point is not one of 0..15.
+        ValueError: the shapes do not fit together, a zero point is not one of 0..15, or a scale
+            is not finite.
     """
     n, k = qweight.shape[0] * ROWS, in_features
     if qweight.shape[1] != k or scales.shape != (OCTET * zero_width(k, group_size), n):
@@ -109,6 +111,7 @@ def unpack(
             "scaled_zeros are not the scales times whole zero points of 0..15, so the tensors "
             "are damaged or of another format"
         )
+    check_finite(scale, "scales")
     return QuantizedWeight(q, scale, zero.to(torch.uint8), group_size)
 
 
