@@ -64,8 +64,10 @@ def text_configs() -> dict[str, PreTrainedConfig]:
     }  # fmt: skip
 
 
-def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a beginning of sequence and `<image>` as an added token."""
+def write_tokenizer(
+    folder: Path, *, added: Sequence[str] = ("<image>",), adds_bos: bool = True
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; Llama's tokenizers begin texts with `<s>`, Qwen's do not."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,13 +76,14 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(TOKENIZER_TEXT.strip().split("\n"), trainer)
-    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        model_max_length=1024,
+        tokenizer_object=tokenizer, bos_token="<s>" if adds_bos else None, eos_token="</s>",
+        pad_token="<pad>",
     )  # fmt: skip
     fast.save_pretrained(folder)
     return fast

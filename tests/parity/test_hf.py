@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaImageProcessorPil
 
 from models import SamplingParams, load_engine
-from models.awq.formats.llm_awq_v2 import pack
+from models.awq.formats import FORMATS
 from models.awq.quantize import quantize_rtn
 from tests.parity.hf import (
     VOCABULARY,
@@ -101,25 +101,32 @@ def test_a_processor_that_pads_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "place"), [("llama", "safetensors"), ("mistral", "pt"), ("qwen2", "flat pt")]
+    ("family", "place", "kind"),
+    [
+        ("llama", "safetensors", "autoawq-gemm"),
+        ("qwen2", "safetensors", "compressed-tensors"),
+        ("mistral", "pt", "llm-awq-v2"),
+        ("qwen2", "flat pt", "llm-awq-v2"),
+    ],
 )
 def test_4_bit_weights_under_transformers_names_answer_as_dequantised(
-    family: str, place: str, tmp_path: Path
+    family: str, place: str, kind: str, tmp_path: Path
 ) -> None:
     """Among the other tensors; in a file beside them; and there under LLaVA's own names."""
     folder = tmp_path / "hf"
     reference = write_hf(folder, text_configs()[family])
     tensors = read_tensors(folder / "model.safetensors")
     packed: Tensors = {}
-    for name in [n for n in tensors if ".layers." in n and n.endswith("proj.weight")]:
-        if not name.startswith("language_model."):
-            continue
-        layer = name.removesuffix(".weight")
-        weight = quantize_rtn(tensors.pop(name), group_size=64)
-        reference.model.get_submodule(
-            layer.replace("language_model.model.", "model.language_model.")
-        ).weight.data = weight.dequantize(torch.float32)
-        packed |= {f"{layer}.{key}": value for key, value in pack(weight, torch.float32).items()}
+    for name in [n for n in tensors if n.startswith("language_model.model.layers.")]:
+        layer, _, suffix = name.rpartition(".")
+        if suffix == "weight" and layer.endswith("proj"):
+            weight = quantize_rtn(tensors.pop(name), group_size=64)
+            linear = reference.model.get_submodule(
+                layer.replace("language_model.model.", "model.language_model.")
+            )
+            linear.weight.data = weight.dequantize(torch.float32)  # type: ignore[union-attr, operator]
+            layers = FORMATS[kind].pack(weight, torch.float32)
+            packed |= {f"{layer}.{suffix}": value for suffix, value in layers.items()}
     if place == "safetensors":
         write_tensors(folder, {**tensors, **packed})
     else:
