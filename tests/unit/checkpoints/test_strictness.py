@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from models.checkpoints import open_checkpoint
+from models.checkpoints import Checkpoint, open_checkpoint
 from models.checkpoints.spec import Precision
 from models.errors import CheckpointError
 from models.language.loading import load_decoder
 from models.vision import load_vision
-from tests.parity.hf import respell, text_configs, write_hf
+from tests.parity.hf import Spelling, respell, text_configs, write_hf
 from tests.synthetic import (
     Tensors,
     awq_file,
     read_tensors,
     rewrite_json,
     rewrite_tensors,
+    write_tensors,
     write_tiny_llava,
     write_tiny_vila,
 )  # fmt: skip
@@ -32,6 +34,10 @@ def load(folder: Path, precision: Precision) -> None:
     """All that `load_engine` reads of a checkpoint's tensors."""
     checkpoint = open_checkpoint(folder, precision=precision)
     load_vision(checkpoint, CPU, torch.float32)
+    load_decoder_of(checkpoint)
+
+
+def load_decoder_of(checkpoint: Checkpoint) -> None:
     load_decoder(
         checkpoint.language, checkpoint.spec.language,
         max_positions=64, device=CPU, dtype=torch.float32, backend="reference",
@@ -152,6 +158,26 @@ def test_a_shard_that_is_absent_is_named_with_its_tensors(
     assert any(f"{name} is missing: the index" in message for name in lost)
     if layout == "vila":  # its 4-bit weights are elsewhere, and the index is stale
         load(folder, "W4A16")
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_an_absent_shard_of_transformers_layout_is_named_with_its_tensors(
+    spelling: Spelling, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    write_hf(folder, text_configs()["mistral"])
+    respell(folder, spelling)
+    whole = folder / "model.safetensors"
+    write_tensors(folder, read_tensors(whole), shards=4)
+    whole.unlink()
+    load(folder, "W16A16")
+    shard = folder / "model-00002-of-00004.safetensors"
+    lost = set(read_tensors(shard))
+    shard.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_decoder_of(open_checkpoint(folder, precision="W16A16"))
+    found = re.findall(rf"(\S+) is missing: the index places it in {shard.name}", str(caught.value))
+    assert found and set(found) <= lost
 
 
 def test_a_layer_too_many_is_left_over_and_one_too_few_is_missing(tmp_path: Path) -> None:
