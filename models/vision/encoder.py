@@ -27,8 +27,6 @@ class VisionEncoder(nn.Module):
         num_tokens_per_tile: embeddings that one tile becomes.
     """
 
-    image_newline: nn.Parameter | None
-
     def __init__(self, vision: VisionSpec, projector: ProjectorSpec) -> None:
         """
         Raises:
@@ -41,9 +39,10 @@ class VisionEncoder(nn.Module):
         self.num_tokens_per_tile = self.projector.num_tokens(self.tower.num_tokens)
         self.preprocessing = vision.preprocessing
         self.merge = projector.merge
-        newline = torch.empty(projector.out_features) if self.merge == "spatial_unpad" else None
-        self.register_parameter(
-            "image_newline", newline if newline is None else nn.Parameter(newline)
+        self.image_newline = (
+            nn.Parameter(torch.empty(projector.out_features))
+            if self.merge == "spatial_unpad"
+            else None
         )
         if self.merge != "flat" and vision.preprocessing.mode == "anyres":
             self._check_mergeable(projector)
@@ -77,10 +76,10 @@ class VisionEncoder(nn.Module):
     def _encode(self, tiles: Sequence[Tensor]) -> Tensor:
         """(3, S, S) each -> (tiles, num_tokens_per_tile, hidden)."""
         parameter = next(self.parameters())
-        batches = [
+        batches = (
             torch.stack([*tiles[start : start + TILES_PER_BATCH]])
             for start in range(0, len(tiles), TILES_PER_BATCH)
-        ]
+        )
         return torch.cat([
             self.projector(self.tower(batch.to(parameter.device, parameter.dtype)))
             for batch in batches
