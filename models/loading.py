@@ -83,7 +83,7 @@ def load_engine(
     backend = select_backend(target, kind)
     tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
     check_vocabulary(tokenizer, spec.language)
-    conversation_template = load_template(spec.prompt.template, spec.tokenizer_path, tokenizer)
+    conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(
         checkpoint.language,

@@ -11,6 +11,7 @@ from models.checkpoints.locations import locate
 from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
 from models.errors import CheckpointError, ConfigurationError
 from models.json_config import JsonConfig
+from models.prompts import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ def open_checkpoint(
         quant_path: the AWQ weights: a file, or a folder with one. By default they are looked for
             in the checkpoint. Not used with W16A16.
         precision: "W4A16" or "W16A16".
-        template: the conversation template, instead of the one that the model's name suggests.
+        template: the conversation template, instead of the one that the model's name suggests;
+            "tokenizer" is the checkpoint's own.
         token_order: "row" or "column", in which `mlp_downsample` emits its grid, instead of the
             one of the checkpoint's era.
 
@@ -44,6 +46,8 @@ def open_checkpoint(
     ):
         if value not in choices:
             raise ConfigurationError(f"{name} is {value!r}; it must be one of {choices}")
+    if template is not None:
+        TEMPLATES[template]  # raises for an unknown one, before anything is looked for
     location = locate(model_path)
     config = JsonConfig.read(location.root / "config.json", "config.json")
     for name in LAYOUTS:

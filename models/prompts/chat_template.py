@@ -27,7 +27,7 @@ from jinja2.utils import Namespace
 from models.errors import CheckpointError, InvalidRequest
 from models.json_config import JsonConfig
 from models.prompts.messages import IMAGE, Conversation, Message, Part, joined
-from models.prompts.templates import TEMPLATES, Template
+from models.prompts.templates import NEWLINE, TEMPLATES, Template
 from models.prompts.tokenizer import IMAGE_PLACEHOLDER, Tokenizer
 
 NAME = "tokenizer"
@@ -90,12 +90,15 @@ class TokenizerTemplate(Template):
         tokenizer: Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
         label: str = "chat_template",
+        image_separator: str = NEWLINE,
     ) -> None:
         """
         Args:
             source: the template.
             special_tokens: names that it may use ("bos_token") and the tokens' texts.
             label: where it comes from, for messages.
+            image_separator: between a picture's place and the text beside it, where the template
+                knows of no pictures.
 
         Raises:
             CheckpointError: it is no Jinja, uses what the sandbox forbids, does not come to an
@@ -110,6 +113,7 @@ class TokenizerTemplate(Template):
         self.system = ""
         self.stop_strings = ()
         self._label = label
+        self._image_separator = image_separator
         self._special_tokens = dict(special_tokens or {})
         try:
             self._template = _Environment().from_string(source)
@@ -122,13 +126,17 @@ class TokenizerTemplate(Template):
         bos = self._special_tokens.get("bos_token", "")
         begins = tokenizer.encode("")[:1]
         self._implied = bos if bos and begins == [tokenizer.token_to_id(bos)] else ""
-        self._takes_parts = False
         self._takes_parts = self._try_parts()
         self.stop_tokens = self._find_stop_tokens(tokenizer)
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: Tokenizer) -> TokenizerTemplate:
+    def load(
+        cls, folder: Path, tokenizer: Tokenizer, image_separator: str = NEWLINE
+    ) -> TokenizerTemplate:
         """
+        Args:
+            folder: the tokenizer's files, and a processor's if there is one.
+
         Raises:
             CheckpointError: the folder holds none, or one that cannot be used.
         """
@@ -139,7 +147,7 @@ class TokenizerTemplate(Template):
                 f"{JINJA_FILE}, and chat_template in {', '.join(PLACES)}); choose another template"
             )
         label, source = found
-        return cls(source, tokenizer, _special_tokens(folder), label)
+        return cls(source, tokenizer, _special_tokens(folder), label, image_separator)
 
     def render(self, messages: Iterable[Message], *, add_generation_prompt: bool = True) -> str:
         """
@@ -184,7 +192,7 @@ class TokenizerTemplate(Template):
     def _content(self, parts: Sequence[Part]) -> str | list[dict[str, str]]:
         """As the template takes it: typed parts, or one text with placeholders."""
         if not self._takes_parts:
-            return joined(parts, IMAGE_PLACEHOLDER, "\n")
+            return joined(parts, IMAGE_PLACEHOLDER, self._image_separator)
         return [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
             for part in parts
@@ -195,32 +203,34 @@ class TokenizerTemplate(Template):
     def _try_parts(self) -> bool:
         """Whether content has to be given in parts: whether a picture then has its place."""
         asked = Conversation(None, ((IMAGE, QUESTION),))
-        self._takes_parts = True
-        try:
-            text = self._trial(asked)
-        except CheckpointError:
-            text = ""
-        if text.count(IMAGE_PLACEHOLDER) == text.count(QUESTION) == 1:
-            return True
-        self._takes_parts = False
-        text = self._trial(asked)
-        if text.count(IMAGE_PLACEHOLDER) != 1 or text.count(QUESTION) != 1:
-            raise CheckpointError(
-                f"{self._label}: the chat template drops or repeats what it is given; choose "
-                "another template"
-            )
-        return False
+        for takes_parts in (True, False):
+            self._takes_parts = takes_parts
+            outcome = self._try(asked)
+            if isinstance(outcome, str) and (
+                outcome.count(IMAGE_PLACEHOLDER) == outcome.count(QUESTION) == 1
+            ):
+                return takes_parts
+        self._require(outcome)
+        raise CheckpointError(
+            f"{self._label}: the chat template drops or repeats what it is given; choose another "
+            "template"
+        )
 
     def _find_stop_tokens(self, tokenizer: Tokenizer) -> tuple[str, ...]:
         """The tokens that the template puts behind answers, as VILA finds them."""
         turns: tuple[tuple[Part, ...], ...] = ((QUESTION,), (ANSWER,)) * 2
-        _, *behind = self._trial(Conversation(None, (*turns, (QUESTION,)))).split(ANSWER)
+        text = self._require(self._try(Conversation(None, (*turns, (QUESTION,)))))
+        _, *behind = text.split(ANSWER)
         found = [max((t for t in tokenizer.added_tokens if text.startswith(t)), key=len, default="")
                  for text in behind]  # fmt: skip
         return tuple(dict.fromkeys(token for token in found if token))
 
-    def _trial(self, conversation: Conversation) -> str:
-        """Renders in a thread of its own, since nothing can interrupt a template's loop."""
+    def _try(self, conversation: Conversation) -> str | Exception:
+        """Renders in a thread of its own, since nothing can interrupt a template's loop.
+
+        Raises:
+            CheckpointError: it takes too long. The thread goes on for as long as it likes.
+        """
         outcome: list[str | Exception] = []
 
         def attempt() -> None:
@@ -237,13 +247,15 @@ class TokenizerTemplate(Template):
                 f"{self._label}: the chat template does not come to an end within "
                 f"{TRIAL_SECONDS:g} s; choose another template"
             )
-        (result,) = outcome
-        if isinstance(result, Exception):
+        return outcome[0]
+
+    def _require(self, outcome: str | Exception) -> str:
+        if isinstance(outcome, Exception):
             raise CheckpointError(
                 f"{self._label}: the chat template cannot write a conversation "
-                f"({type(result).__name__}: {result}); choose another template"
-            ) from result
-        return result
+                f"({type(outcome).__name__}: {outcome}); choose another template"
+            ) from outcome
+        return outcome
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

@@ -18,12 +18,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from models.errors import ConfigurationError
 from models.prompts.messages import Conversation, Message, Part, joined
 from models.prompts.tokenizer import IMAGE_PLACEHOLDER, Tokenizer
 from models.registry import Registry
+
+if TYPE_CHECKING:
+    from models.checkpoints.spec import PromptSpec
+
+NEWLINE = "\n"
 
 
 class Template(ABC):
@@ -77,13 +82,13 @@ class WrittenTemplate(Template):
     opening_in_question: bool = False
     beginning: str = ""
     between: str = ""
-    image_separator: str = "\n"
+    image_separator: str = NEWLINE
     stop_tokens: tuple[str, ...] = ()
     stop_strings: tuple[str, ...] = ()
 
-    def load(self, folder: Path, tokenizer: Tokenizer) -> Template:
-        """The same for every checkpoint."""
-        return self
+    def load(self, folder: Path, tokenizer: Tokenizer, image_separator: str) -> Template:
+        """The same for every checkpoint, but for the separator."""
+        return replace(self, image_separator=image_separator)
 
     def render(self, messages: Iterable[Message], *, add_generation_prompt: bool = True) -> str:
         conversation = Conversation.of(messages)
@@ -109,10 +114,11 @@ class WrittenTemplate(Template):
 class TemplateSource(Protocol):
     """An entry of the registry: a template, or where to find one in a checkpoint."""
 
-    def load(self, folder: Path, tokenizer: Tokenizer) -> Template:
+    def load(self, folder: Path, tokenizer: Tokenizer, image_separator: str) -> Template:
         """
         Args:
             folder: the tokenizer's.
+            image_separator: between a picture's place and the text beside it.
 
         Raises:
             CheckpointError: the folder holds no template, or one that cannot be used.
@@ -122,13 +128,19 @@ class TemplateSource(Protocol):
 TEMPLATES: Registry[TemplateSource] = Registry("conversation template", ConfigurationError)
 
 
-def load_template(name: str, folder: Path, tokenizer: Tokenizer) -> Template:
-    """
+def load_template(prompt: PromptSpec, folder: Path, tokenizer: Tokenizer) -> Template:
+    """The template of a checkpoint.
+
+    Args:
+        folder: the tokenizer's.
+
     Raises:
         ConfigurationError: there is none of that name.
         CheckpointError: it is the checkpoint's own, which the folder does not hold.
     """
-    return TEMPLATES[name].load(folder, tokenizer)
+    # A suffix is the newline, and VILA's code writes no other.
+    separator = "" if prompt.image_suffix else NEWLINE
+    return TEMPLATES[prompt.template].load(folder, tokenizer, separator)
 
 
 def written_templates() -> list[str]:
@@ -223,6 +235,8 @@ for _template in (
     replace(_LLAMA_2, name="mistral_instruct", system="", between=""),
     _CHATML,
     replace(_CHATML, name="hermes-2"),
+    # Llama-3's tokenizer puts a beginning of text before this one. VILA trained and serves with
+    # both.
     WrittenTemplate(
         name="llama_3",
         system=_HELPFUL,
@@ -235,8 +249,7 @@ for _template in (
         stop_strings=("<|eot_id|>", "<|end_of_text|>"),
     ),
     _QWEN,
-    # The encoder puts the newline behind a picture; see `PromptSpec.image_suffix`.
-    replace(_QWEN, name="nvila", system="You are a helpful assistant", image_separator=""),
+    replace(_QWEN, name="nvila", system="You are a helpful assistant"),
     # LLaVA's first training stage: a picture, a caption, no roles.
     WrittenTemplate(
         name="plain", user="{text}\n", assistant="{text}\n", reply="", stop_strings=("\n",)

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from models.checkpoints import locations, open_checkpoint
-from models.checkpoints.template_choice import choose_template
 from models.errors import CheckpointError, ConfigurationError
 from tests.parity.hf import text_configs, write_hf
 from tests.synthetic import (
@@ -172,32 +170,6 @@ def test_a_folder_of_no_known_layout_says_what_is_missing(llava: Path) -> None:
         CheckpointError, match=r"no known layout \(vila, llava, hf\).*mm_vision_tower"
     ):
         open_checkpoint(llava)
-
-
-@pytest.mark.parametrize(
-    ("name", "template"),
-    [
-        ("llava-v1.5-7b", "vicuna_v1"),
-        ("llava-v1.6-vicuna-13b", "vicuna_v1"),
-        ("VILA1.5-3b", "vicuna_v1"),
-        ("vila-1.5-13b-AWQ", "vicuna_v1"),
-        ("anything", "vicuna_v1"),
-        ("llava-7b-v1", "llava_v1"),
-        ("llava-v1-0719-336px-lora-merge-vicuna-13b-v1.3", "llava_v1"),
-        ("LLaVA-7B-v0", "llava_v0"),
-        ("llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
-        ("Llama-3-VILA1.5-8B-AWQ", "llama_3"),
-        ("vila1.5-8b", "llama_3"),
-        ("VILA1.5-40b", "hermes-2"),
-        ("llava-v1.6-34b", "chatml_direct"),
-    ],
-)
-def test_templates_by_the_models_names(name: str, template: str) -> None:
-    assert choose_template(name, LlamaConfig(vocab_size=32000)) == template
-
-
-def test_a_vocabulary_of_llama_3_speaks_for_its_template() -> None:
-    assert choose_template("my-model", LlamaConfig(vocab_size=128_256)) == "llama_3"
 
 
 def test_the_template_can_be_overridden(llava: Path) -> None:

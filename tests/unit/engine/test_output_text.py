@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +16,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from models.engine.output_text import REPLACEMENT, OutputText
-from models.prompts import Tokenizer
+from models.prompts import Tokenizer, load_tokenizer
 from models.prompts.huggingface import HuggingFaceTokenizer
 from models.prompts.sentencepiece_ import SentencePieceTokenizer
 from tests.synthetic import TOKENIZER_TEXT, tokenizer_model
+from tests.unit.prompts.tiny_tokenizers import (
+    write_gpt2,
+    write_llama_3,
+    write_llava_hf,
+    write_qwen2,
+)
 
 
 class ByteTokenizer:
@@ -250,3 +258,87 @@ def test_a_space_behind_a_token_without_text_survives(kind: str) -> None:
     assert (
         stream(tokenizer, [*red, end, *blue]) == "red blue" == tokenizer.decode([*red, end, *blue])
     )
+
+
+# ---- as checkpoints have them ---------------------------------------------------------------
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "Llama-3": write_llama_3, "Qwen2": write_qwen2, "GPT-2": write_gpt2, "llava-hf": write_llava_hf,
+}  # fmt: skip
+every_checkpoint = pytest.mark.parametrize("kind", WRITERS)
+
+
+@cache
+def loaded(kind: str) -> Tokenizer:
+    with TemporaryDirectory() as folder:
+        WRITERS[kind](Path(folder))
+        return load_tokenizer(Path(folder), "whole" if kind == "llava-hf" else "pieces")
+
+
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text)[len(tokenizer.encode("")) :]
+
+
+@every_checkpoint
+@settings(max_examples=80)
+@given(data=st.data())
+def test_texts_between_special_tokens_stream_to_themselves(kind: str, data: st.DataObject) -> None:
+    """And ids that no vocabulary has are passed over."""
+    tokenizer = loaded(kind)
+    special = [tokenizer.token_to_id(name) for name in sorted(tokenizer.added_tokens)]
+    unknown = [tokenizer.vocab_size + 2, 10**6]
+    runs = st.one_of(
+        st.sampled_from([[i] for i in (*special, *unknown) if i is not None]),
+        texts.map(lambda text: plain_ids(tokenizer, text)),
+    )
+    ids = [i for run in data.draw(st.lists(runs, max_size=6)) for i in run]
+    assert stream(tokenizer, ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["Llama-3", "Qwen2", "GPT-2"])
+def test_a_byte_level_answer_keeps_its_spaces(kind: str) -> None:
+    """Here a space belongs to its token; nothing at an answer's beginning was put there by the
+    tokenizer."""
+    tokenizer = loaded(kind)
+    for text in (" The image", "The  image ", "\n\n- a\n  b", "  "):
+        ids = plain_ids(tokenizer, text)
+        output = OutputText(tokenizer)
+        pieces = [output.append(i) for i in ids]
+        assert pieces == [tokenizer.decode([i]) for i in ids], "nothing is held back"
+        assert "".join(pieces) == text
+
+
+@every_checkpoint
+def test_a_character_of_several_tokens_comes_with_its_last(kind: str) -> None:
+    tokenizer = loaded(kind)
+    ids = plain_ids(tokenizer, "a\N{GRINNING FACE}\u732bz")
+    output = OutputText(tokenizer)
+    pieces = [output.append(i) for i in ids]
+    shown = [piece for piece in pieces if piece]
+    assert len(ids) >= 9 and REPLACEMENT not in "".join(pieces)
+    assert shown == ["a", "\N{GRINNING FACE}", "\u732b", "z"]
+
+
+@every_checkpoint
+def test_special_tokens_say_nothing_and_take_nothing_away(kind: str) -> None:
+    tokenizer = loaded(kind)
+    special = [tokenizer.token_to_id(name) for name in sorted(tokenizer.added_tokens)]
+    red, ids = plain_ids(tokenizer, "red"), plain_ids(tokenizer, "red blue")
+    cut = len(red)
+    assert ids[:cut] == red and special
+    for token in special:
+        assert token is not None
+        assert stream(tokenizer, [token, *ids[:cut], token, *ids[cut:], token]) == "red blue"
+
+
+@pytest.mark.parametrize("stop", ["###", " blue", "\u732b"])
+@every_checkpoint
+def test_a_stop_string_cut_over_tokens_is_found(kind: str, stop: str) -> None:
+    tokenizer = loaded(kind)
+    output = OutputText(tokenizer, [stop])
+    text = ""
+    for token in plain_ids(tokenizer, f"red, green{stop} and more"):
+        text += output.append(token)
+        if output.stopped:
+            break
+    assert output.stopped and text == "red, green"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.checkpoints import PromptSpec
 from models.checkpoints.template_choice import BY_LANGUAGE, BY_NAME
 from models.engine.output_text import OutputText
 from models.engine.sampling_params import SamplingParams
@@ -18,6 +19,7 @@ from models.prompts import (
     IMAGE,
     TEMPLATES,
     Message,
+    Tokenizer,
     get_template,
     load_template,
     load_tokenizer,
@@ -111,12 +113,21 @@ def test_space_around_messages_goes() -> None:
         ("vicuna_v1", [IMAGE, IMAGE, "q", "r"], "<image>\n<image>\nq\nr"),
         ("vicuna_v1", [IMAGE], "<image>"),
         ("vicuna_v1", "in <image> the text", "in <image> the text"),
-        ("nvila", [IMAGE, "q"], "<image>q"),
-        ("nvila", ["compare ", IMAGE, " and ", IMAGE], "compare <image> and <image>"),
     ],
 )
 def test_pictures_have_their_place(name: str, content: Any, written: str) -> None:
     assert get_template(name).render([Message("user", content)]) == render(name, written)
+
+
+@pytest.mark.parametrize("name", ["nvila", "vicuna_v1"])
+def test_where_the_encoder_ends_pictures_with_a_newline_the_text_has_none(name: str) -> None:
+    """As VILA joins the parts of a message, whatever its template."""
+    spec = PromptSpec(name, tokenization="whole", image_suffix="\n")
+    tokenizer = cast("Tokenizer", None)  # written templates ask for none
+    template = load_template(spec, Path(), tokenizer)
+    assert template.render([Message("user", [IMAGE, "q"])]) == render(name, "<image>q")
+    parts = ["compare ", IMAGE, " and ", IMAGE]
+    assert template.render([Message("user", parts)]) == render(name, "compare <image> and <image>")
 
 
 def test_neighbours_of_one_role_are_one_message() -> None:
@@ -195,7 +206,7 @@ def test_answers_end_at_the_tokenizers_and_the_templates_tokens(tmp_path: Path) 
 
     def stops(name: str) -> set[int]:
         tokenizer = load_tokenizer(folder)
-        return stop_token_ids(load_template(name, folder, tokenizer), tokenizer)
+        return stop_token_ids(load_template(PromptSpec(name), folder, tokenizer), tokenizer)
 
     assert stops("vicuna_v1") == {2}
     assert stops("llama_3") == {2}, "names that it lacks are no ids"
