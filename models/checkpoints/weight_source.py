@@ -112,8 +112,14 @@ class WeightSource:
         return self._place(name).file.label
 
     def is_quantized(self, linear: str) -> bool:
-        """Whether the layer `linear` ("model.layers.0.mlp.up_proj") is there in 4 bits."""
-        return any(f"{linear}.{suffix}" in self._places for suffix in QUANTIZED_SUFFIXES)
+        """Whether the layer `linear` ("model.layers.0.mlp.up_proj") is there in 4 bits.
+
+        One that is nowhere counts as such if an index says so.
+        """
+        suffixes = [f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES]
+        if any(name in self._places for name in suffixes):
+            return True
+        return f"{linear}.weight" not in self._places and bool(self._lost(linear))
 
     def are_quantized(self, linears: Sequence[str]) -> bool:
         """Whether layers that are to be joined are there in 4 bits.
@@ -196,9 +202,14 @@ class WeightSource:
             *self._misfits(unused, False),
         ]
         known = {*expected, *unused}
-        formats = {linear: self.format_of(linear) for linear in quantized or {}}
+        layers = quantized or {}
+        formats = {linear: self.format_of(linear) for linear in layers if not self._lost(linear)}
         usual = Counter(formats.values()).most_common(1)
-        for linear, (n, k) in (quantized or {}).items():
+        for linear, (n, k) in layers.items():
+            if linear not in formats:
+                problems += [self._missing(name) for name in self._lost(linear)]
+                known |= {f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES}
+                continue
             name, entry = formats[linear], FORMATS[formats[linear]]
             wrong = self._misfit_quantized(linear, entry, n, k)
             if not wrong and name != usual[0][0]:
@@ -212,6 +223,11 @@ class WeightSource:
             for name in sorted(self._places.keys() - known)
         ]
         self._raise(problems)
+
+    def _lost(self, linear: str) -> list[str]:
+        """A layer's 4-bit tensors that an index places in a file which is absent."""
+        names = (f"{linear}.{suffix}" for suffix in sorted(QUANTIZED_SUFFIXES))
+        return [name for name in names if name in self._absent and name not in self._places]
 
     def _misfits(self, shapes: Mapping[str, tuple[int, ...]], required: bool) -> Iterable[str]:
         for name, shape in shapes.items():
