@@ -182,7 +182,7 @@ def respelled(name: str, spelling: Spelling) -> str:
     "language_model.lm_head...", "vision_tower.embeddings...", "image_newline"."""
     if spelling == "saved":
         return name
-    name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    name = without_wrapper(name).replace("vision_tower.", "vision_tower.vision_model.")
     if spelling == "old":
         return name
     if "lm_head" in name:
@@ -214,8 +214,14 @@ def as_flat(folder: Path, out: Path) -> None:
     write_tensors(out, {flat_name(name): tensor for name, tensor in tensors.items()})
 
 
+def without_wrapper(name: str) -> str:
+    """Older releases of transformers wrap towers once more."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
+
+
 def flat_name(name: str) -> str:
     """transformers' -> LLaVA's."""
+    name = without_wrapper(name)
     if name.startswith("language_model."):
         return name.removeprefix("language_model.")
     if name.startswith("vision_tower."):
