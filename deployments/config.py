@@ -58,7 +58,8 @@ class AppConfig(BaseModel):
     conv_mode: str | None = Field(
         None,
         description="The conversation template (LLaVA's word), where the one that the model's name "
-        "suggests is wrong: its tokens end answers, and FastChat's front ends ask for it.",
+        "suggests is wrong: its tokens end answers, and FastChat's front ends ask for it. "
+        "tokenizer is the chat template in the checkpoint.",
     )
     token_order: Literal["row", "column"] | None = Field(
         None,

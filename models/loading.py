@@ -28,6 +28,7 @@ from models.engine.sizing import resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
+from models.language.vocabulary import check_vocabulary
 from models.prompts import Tokenizer, load_template, load_tokenizer, stop_token_ids
 from models.vision import ImagePreprocessor, load_vision
 
@@ -144,6 +145,7 @@ def load_core(
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     backend = select_backend(target, kind)
     tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
+    check_vocabulary(tokenizer, spec.language)
     conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.awq.formats import FORMATS, QUANTIZED_SUFFIXES, AwqFormat, TensorHeader
+from models.awq.formats import FORMATS, QUANTIZED_SUFFIXES, AwqFormat, TensorHeader, detect
 from models.awq.quantized_weight import QuantizedWeight
 from models.checkpoints.tensor_files import TensorFile, TensorStore
 from models.errors import CheckpointError
@@ -47,6 +48,7 @@ class WeightSource:
         where: str,
         absent: Mapping[str, str] | None = None,
         spellings: Mapping[str, str] | None = None,
+        stored_names: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -54,12 +56,14 @@ class WeightSource:
             where: the file or folder that a missing tensor should have been in.
             absent: the missing file, for tensors that an index places in it.
             spellings: the ends of names in the file, where they are not the own names.
+            stored_names: names in the file, of tensors there and of some that are not.
         """
         self.component = component
         self.where = where
         self._places = {name: place for name, place in places.items() if not name.endswith(DERIVED)}
         self._absent = absent or {}
         self._spellings = spellings or {}
+        self._stored_names = stored_names or {}
 
     @classmethod
     def select(
@@ -67,8 +71,8 @@ class WeightSource:
     ) -> WeightSource:
         """
         Args:
-            own_names: names in `store`, of tensors present or missed by its index -> the
-                component's own names.
+            own_names: names in `store`, of tensors that are there or should be -> the component's
+                own names.
         """
         places = {
             own: TensorPlace(store.files[stored], stored)
@@ -78,7 +82,8 @@ class WeightSource:
         absent = {
             own: store.absent[stored] for stored, own in own_names.items() if stored in store.absent
         }
-        return cls(component, places, store.where, absent)
+        stored_names = {own: stored for stored, own in own_names.items()}
+        return cls(component, places, store.where, absent, stored_names=stored_names)
 
     def renamed(self, new_names: Mapping[str, str]) -> WeightSource:
         """The same tensors; those that `new_names` knows under other names."""
@@ -89,7 +94,8 @@ class WeightSource:
             for old, new in new_names.items()
             if not new_names.keys().isdisjoint(self._places)
         }
-        return WeightSource(self.component, places, self.where, absent, spellings)
+        stored = {new_names.get(name, name): to for name, to in self._stored_names.items()}
+        return WeightSource(self.component, places, self.where, absent, spellings, stored)
 
     def names(self) -> AbstractSet[str]:
         return self._places.keys()
@@ -99,27 +105,75 @@ class WeightSource:
         return self._place(name).header.shape
 
     def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU and in the file's dtype. Not to be written to: it is mapped."""
+        """The tensor, on the CPU and in the file's dtype. Not to be written to."""
         return self._place(name).read()
 
     def file_of(self, name: str) -> str:
         return self._place(name).file.label
 
     def is_quantized(self, linear: str) -> bool:
-        """Whether the layer `linear` ("model.layers.0.mlp.up_proj") is there in 4 bits."""
-        return any(f"{linear}.{suffix}" in self._places for suffix in QUANTIZED_SUFFIXES)
+        """Whether the layer `linear` ("model.layers.0.mlp.up_proj") is there in 4 bits.
+
+        One that is nowhere counts as such if an index says so.
+        """
+        suffixes = [f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES]
+        if any(name in self._places for name in suffixes):
+            return True
+        return f"{linear}.weight" not in self._places and bool(self._lost(linear))
+
+    def are_quantized(self, linears: Sequence[str]) -> bool:
+        """Whether layers that are to be joined are there in 4 bits.
+
+        Raises:
+            CheckpointError: some of them are, and some are not.
+        """
+        quantized = [linear for linear in linears if self.is_quantized(linear)]
+        if 0 < len(quantized) < len(linears):
+            others = [linear for linear in linears if linear not in quantized]
+            raise CheckpointError(
+                f"{self.component}: {', '.join(quantized)} in {self.where} {_are(quantized)} in 4 "
+                f"bits, and {', '.join(others)} {_are(others)} not; they are computed together, "
+                "so all of them have to be quantised, or none"
+            )
+        return bool(quantized)
+
+    def quantized_linears(self) -> list[str]:
+        """Every layer that is there in 4 bits."""
+        split = (name.rpartition(".") for name in self._places)
+        return sorted({linear for linear, _, suffix in split if suffix in QUANTIZED_SUFFIXES})
 
     @property
     def holds_quantized(self) -> bool:
-        return any(name.rpartition(".")[2] in QUANTIZED_SUFFIXES for name in self._places)
+        return bool(self.quantized_linears())
+
+    def format_of(self, linear: str) -> str:
+        """The name of its 4-bit format, in `models.awq.formats`.
+
+        Raises:
+            CheckpointError: it is of none that is known.
+        """
+        headers = self._headers(linear)
+        name = detect(headers)
+        if name is None:
+            found = ", ".join(
+                f"{suffix} {header.dtype} {header.shape}" for suffix, header in headers.items()
+            )
+            raise CheckpointError(
+                f"{linear} in {self.where} is not of a known 4-bit format: it has "
+                f"{found or 'no such tensors'}; known: {', '.join(FORMATS)}"
+            )
+        return name
 
     def quantized(self, linear: str) -> QuantizedWeight:
         """
         Raises:
             CheckpointError: the layer is not there in 4 bits, or its tensors are damaged.
         """
-        entry = self._format(linear)
-        tensors = {suffix: self.get(f"{linear}.{suffix}") for suffix in entry.suffixes}
+        entry = FORMATS[self.format_of(linear)]
+        optional = [s for s in entry.optional if f"{linear}.{s}" in self._places]
+        tensors = {
+            suffix: self.get(f"{linear}.{suffix}") for suffix in (*entry.suffixes, *optional)
+        }
         try:
             return entry.unpack(tensors)
         except ValueError as error:
@@ -148,15 +202,32 @@ class WeightSource:
             *self._misfits(unused, False),
         ]
         known = {*expected, *unused}
-        for linear, (n, k) in (quantized or {}).items():
-            problems += self._misfit_quantized(linear, n, k)
-            known |= {f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES}
+        layers = quantized or {}
+        formats = {linear: self.format_of(linear) for linear in layers if not self._lost(linear)}
+        usual = Counter(formats.values()).most_common(1)
+        for linear, (n, k) in layers.items():
+            if linear not in formats:
+                problems += [self._missing(name) for name in self._lost(linear)]
+                known |= {f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES}
+                continue
+            name, entry = formats[linear], FORMATS[formats[linear]]
+            wrong = self._misfit_quantized(linear, entry, n, k)
+            if not wrong and name != usual[0][0]:
+                # What a lost tensor leaves may well be of another format: symmetric, say.
+                wrong = [f"{linear} is of the format {name}, where most layers are {usual[0][0]}"]
+            problems += wrong
+            known |= {f"{linear}.{suffix}" for suffix in (*entry.suffixes, *entry.optional)}
         problems += [
             f"{self._stored(name)} in {self.file_of(name)} is left over: "
             "the model has no such tensor"
             for name in sorted(self._places.keys() - known)
         ]
         self._raise(problems)
+
+    def _lost(self, linear: str) -> list[str]:
+        """A layer's 4-bit tensors that an index places in a file which is absent."""
+        names = (f"{linear}.{suffix}" for suffix in sorted(QUANTIZED_SUFFIXES))
+        return [name for name in names if name in self._absent and name not in self._places]
 
     def _misfits(self, shapes: Mapping[str, tuple[int, ...]], required: bool) -> Iterable[str]:
         for name, shape in shapes.items():
@@ -169,8 +240,7 @@ class WeightSource:
                     f"expected {shape}"
                 )
 
-    def _misfit_quantized(self, linear: str, n: int, k: int) -> Collection[str]:
-        entry = self._format(linear)
+    def _misfit_quantized(self, linear: str, entry: AwqFormat, n: int, k: int) -> Collection[str]:
         headers = self._headers(linear)
         missing = [suffix for suffix in entry.suffixes if suffix not in headers]
         if missing:
@@ -190,8 +260,8 @@ class WeightSource:
 
     def _stored(self, name: str) -> str:
         """The name in the file; of a missing tensor, what it should be, by its siblings'."""
-        if name in self._places:
-            return self._places[name].stored_name
+        if name in self._stored_names:
+            return self._stored_names[name]
         for own, place in self._places.items():
             ending = self._spellings.get(own, own)
             if place.stored_name.endswith(ending):
@@ -206,19 +276,6 @@ class WeightSource:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise CheckpointError(f"{self.component}: {listed}{more}")
 
-    def _format(self, linear: str) -> AwqFormat:
-        headers = self._headers(linear)
-        for entry in FORMATS.values():
-            if entry.matches(headers):
-                return entry
-        found = ", ".join(
-            f"{suffix} {header.dtype} {header.shape}" for suffix, header in headers.items()
-        )
-        raise CheckpointError(
-            f"{linear} in {self.where} is not of a known 4-bit format: it has "
-            f"{found or 'no such tensors'}; known: {', '.join(FORMATS)}"
-        )
-
     def _headers(self, linear: str) -> dict[str, TensorHeader]:
         prefix = f"{linear}."
         return {
@@ -231,3 +288,7 @@ class WeightSource:
         if name not in self._places:
             raise CheckpointError(f"{self.component}: {self._missing(name)}")
         return self._places[name]
+
+
+def _are(linears: Sequence[str]) -> str:
+    return "is" if len(linears) == 1 else "are"

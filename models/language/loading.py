@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig
 from models.awq import QuantizedWeight, W4A16Linear
 from models.checkpoints import WeightSource
 from models.errors import CheckpointError
-from models.language.decoder import Decoder, attention_bias
+from models.language.decoder import Decoder
+from models.language.families import attention_bias
 from models.language.kv_cache import head_dim
 from models.language.rope import RotaryEmbedding
 
@@ -122,7 +123,7 @@ def _place_linear(
     parts = list(_checkpoint_names(name))
     has_bias = decoder.get_submodule(name).bias is not None
     bias = torch.cat([source.get(f"{part}.bias") for part in parts]) if has_bias else None
-    if source.is_quantized(parts[0]):
+    if source.are_quantized(parts):
         try:
             weight = QuantizedWeight.cat([source.quantized(part) for part in parts])
         except ValueError as error:

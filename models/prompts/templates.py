@@ -235,6 +235,8 @@ for _template in (
     replace(_LLAMA_2, name="mistral_instruct", system="", between=""),
     _CHATML,
     replace(_CHATML, name="hermes-2"),
+    # Llama-3's tokenizer puts a beginning of text before this one. VILA trained and serves with
+    # both.
     WrittenTemplate(
         name="llama_3",
         system=_HELPFUL,

@@ -13,6 +13,10 @@ from models.awq.backends.base import Backend, Packed, Shape
 from models.awq.quantized_weight import QuantizedWeight
 
 GROUP_SIZES = (32, 64, 128, 256)
+BLOCK_ROWS = 64
+"""torch packs so many rows together, or a divisor of it, by the processor's kind."""
+CHUNK = 2**20
+"""Weights that are packed at a time."""
 
 
 class CpuInt4(Backend):
@@ -26,11 +30,17 @@ class CpuInt4(Backend):
         return group_size_problem(shape)
 
     def pack(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> Packed:
-        q = weight.q.to(torch.int32).contiguous()
-        return {
-            "weight": torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1),
-            "scale_offset": scale_and_offset(weight).to(dtype),
-        }
+        n, k = weight.q.shape
+        packed = torch.empty((n, k // 2), dtype=torch.uint8)
+        rows = max(BLOCK_ROWS, CHUNK // k // BLOCK_ROWS * BLOCK_ROWS)
+        for start in range(0, n, rows):
+            # torch takes 32 bits for each value, which a whole layer at once would double its
+            # model's memory with.
+            part = weight.q[start : start + rows].to(torch.int32)
+            packed[start : start + rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                part, 1
+            )
+        return {"weight": packed, "scale_offset": scale_and_offset(weight).to(dtype)}
 
     def matmul(self, x: Tensor, packed: Packed, shape: Shape) -> Tensor:
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(

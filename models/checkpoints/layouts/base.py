@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoints.locations import Location, find_awq_file
+from models.checkpoints.locations import Location, find_awq
 from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
 from models.checkpoints.tensor_files import TensorStore
 from models.checkpoints.weight_source import WeightSource
@@ -47,11 +48,10 @@ class Layout(ABC):
 
 
 def find_awq_store(request: Request, searched: Sequence[Path]) -> TensorStore | None:
-    """The AWQ file's tensors; None for 16-bit models, or where there is no such file."""
+    """The AWQ files' tensors; None for 16-bit models, or where there are no such files."""
     if request.precision == "W16A16":
         return None
-    file = find_awq_file(request.quant_path, request.location.root, searched)
-    return None if file is None else TensorStore.of(file.label, [file])
+    return find_awq(request.quant_path, request.location.root, searched)
 
 
 def check_precision(source: WeightSource, request: Request, searched: Sequence[str]) -> None:
@@ -73,3 +73,38 @@ def check_precision(source: WeightSource, request: Request, searched: Sequence[s
             f"model in {source.where}; add them, or set precision: W4A16 if the checkpoint is "
             "an AWQ one"
         )
+
+
+def names_in(store: TensorStore) -> list[str]:
+    """Of all tensors that are there, and of those that only an index promises."""
+    return [*store.files, *(name for name in store.absent if name not in store.files)]
+
+
+def select_first(
+    stores: Iterable[TensorStore | None],
+    component: str,
+    *patterns: re.Pattern[str],
+    expected: Sequence[str] = (),
+) -> WeightSource:
+    """A component's tensors, from the first store that has any of them.
+
+    Args:
+        patterns: of whole names in a store; their group `own` is the component's own name.
+        expected: a name in the store, of a tensor whose name does not begin as its siblings' do;
+            should it be missing, messages name it so.
+    """
+    found = WeightSource(component, {}, "the checkpoint")
+    for store in stores:
+        if store is None:
+            continue
+        names = [*expected, *names_in(store)]
+        own_names = {
+            name: match["own"]
+            for pattern in patterns
+            for name in names
+            if (match := pattern.fullmatch(name))
+        }
+        found = WeightSource.select(component, store, own_names)
+        if found.names():
+            return found
+    return found

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.awq.formats import FORMATS, QUANTIZED_SUFFIXES, TensorHeader
-from models.awq.formats.llm_awq_v2 import LlmAwqV2, infer_group_size, pack, unpack, zero_width
+from models.awq.formats.groups import infer_group_size, zero_width
+from models.awq.formats.llm_awq_v2 import LlmAwqV2, pack, unpack
 from models.awq.quantized_weight import QuantizedWeight
 from tests.unit.awq.derived import Layer, random_layer, read, scale_rows, write
 

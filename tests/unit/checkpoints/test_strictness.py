@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from models.checkpoints import open_checkpoint
+from models.checkpoints import Checkpoint, open_checkpoint
 from models.checkpoints.spec import Precision
 from models.errors import CheckpointError
 from models.language.loading import load_decoder
 from models.vision import load_vision
+from tests.parity.hf import Spelling, respell, text_configs, write_hf
 from tests.synthetic import (
     Tensors,
     awq_file,
     read_tensors,
     rewrite_json,
     rewrite_tensors,
+    write_tensors,
     write_tiny_llava,
     write_tiny_vila,
 )  # fmt: skip
@@ -31,6 +34,10 @@ def load(folder: Path, precision: Precision) -> None:
     """All that `load_engine` reads of a checkpoint's tensors."""
     checkpoint = open_checkpoint(folder, precision=precision)
     load_vision(checkpoint, CPU, torch.float32)
+    load_decoder_of(checkpoint)
+
+
+def load_decoder_of(checkpoint: Checkpoint) -> None:
     load_decoder(
         checkpoint.language, checkpoint.spec.language,
         max_positions=64, device=CPU, dtype=torch.float32, backend="reference",
@@ -58,6 +65,17 @@ CASES = [
     Case("llava", "W4A16", "*.pt", "model.layers.1.self_attn.o_proj.scaled_zeros"),
     Case("llava", "W4A16", "*.pt", "model.layers.1.input_layernorm.weight"),
     Case("llava", "W4A16", "*.pt", "model.embed_tokens.weight"),
+    Case("hf old", "W16A16", "model.safetensors",
+         "language_model.model.layers.1.mlp.up_proj.weight"),
+    Case("hf old", "W16A16", "model.safetensors", "language_model.lm_head.weight"),
+    Case("hf old", "W16A16", "model.safetensors",
+         "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"),
+    Case("hf old", "W16A16", "model.safetensors", "multi_modal_projector.linear_2.bias"),
+    Case("hf new", "W16A16", "model.safetensors",
+         "model.language_model.layers.0.self_attn.q_proj.bias"),
+    Case("hf new", "W16A16", "model.safetensors", "model.language_model.norm.weight"),
+    Case("hf new", "W16A16", "model.safetensors", "lm_head.weight"),
+    Case("hf new", "W16A16", "model.safetensors", "model.multi_modal_projector.linear_1.weight"),
     Case("vila", "W16A16", "llm/model.safetensors", "model.norm.weight"),
     Case("vila", "W16A16", "mm_projector/model.safetensors", "layers.4.weight"),
     Case("vila", "W16A16", "vision_tower/model.safetensors",
@@ -74,6 +92,9 @@ def write(case: Case, parent: Path) -> tuple[Path, Path, str]:
     folder = parent / "tiny"
     if case.layout == "llava":
         write_tiny_llava(folder, hidden=128, intermediate=128)
+    elif case.layout.startswith("hf"):
+        write_hf(folder, text_configs()["qwen2"])
+        respell(folder, "old" if case.layout == "hf old" else "new")
     else:
         write_tiny_vila(folder, hidden=128, intermediate=128)
     path = awq_file(folder) if case.file == "*.pt" else folder / case.file
@@ -139,6 +160,26 @@ def test_a_shard_that_is_absent_is_named_with_its_tensors(
         load(folder, "W4A16")
 
 
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_an_absent_shard_of_transformers_layout_is_named_with_its_tensors(
+    spelling: Spelling, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    write_hf(folder, text_configs()["mistral"])
+    respell(folder, spelling)
+    whole = folder / "model.safetensors"
+    write_tensors(folder, read_tensors(whole), shards=4)
+    whole.unlink()
+    load(folder, "W16A16")
+    shard = folder / "model-00002-of-00004.safetensors"
+    lost = set(read_tensors(shard))
+    shard.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_decoder_of(open_checkpoint(folder, precision="W16A16"))
+    found = re.findall(rf"(\S+) is missing: the index places it in {shard.name}", str(caught.value))
+    assert found and set(found) <= lost
+
+
 def test_a_layer_too_many_is_left_over_and_one_too_few_is_missing(tmp_path: Path) -> None:
     folder = write_tiny_llava(tmp_path / "tiny")
     rewrite_json(folder / "config.json", num_hidden_layers=1)
@@ -185,6 +226,30 @@ def test_buffers_that_follow_from_the_config_are_passed_over(tmp_path: Path) -> 
         f"{TOWER}embeddings.position_ids": torch.arange(17)[None],
     }))  # fmt: skip
     load(folder, "W16A16")
+
+
+@pytest.mark.parametrize("layout", ["llava", "vila", "hf"])
+def test_a_file_that_was_cut_short_is_named(layout: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    if layout == "hf":
+        write_hf(folder, text_configs()["llama"])
+    else:
+        (write_tiny_llava if layout == "llava" else write_tiny_vila)(folder)
+    (path,) = folder.glob("**/llm/*.safetensors" if layout == "vila" else "*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    label = str(path.relative_to(folder))
+    with pytest.raises(CheckpointError, match=f"^{label} is not a readable safetensors file"):
+        load(folder, "W16A16")
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "scales", "scaled_zeros"])
+def test_a_layer_in_4_bits_that_lost_a_tensor_names_it(suffix: str, tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    name = f"model.layers.1.mlp.down_proj.{suffix}"
+    rewrite_tensors(awq_file(folder), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=rf"{name} is missing from \S+\.pt"):
+        load(folder, "W4A16")
 
 
 def test_damaged_zero_points_name_the_layer_and_the_file(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 from models.awq.formats import TensorHeader
-from models.checkpoints import open_checkpoint
+from models.checkpoints import open_checkpoint, tensor_files
 from models.checkpoints.tensor_files import (
+    NotTensors,
     SafetensorsFile,
     TensorFile,
     TensorStore,
     TorchFile,
     open_folder,
     open_tensor_file,
+    open_weight_sets,
 )  # fmt: skip
 from models.errors import CheckpointError
 from tests.synthetic import awq_file, write_tensors, write_tiny_llava, write_tiny_vila
@@ -93,7 +95,7 @@ def test_only_a_flat_dict_of_dense_tensors_will_do(
     content: object, message: str, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NotTensors, match=message):
         TorchFile(tmp_path / "x.pt", "x.pt")
 
 
@@ -130,6 +132,52 @@ def test_headers_and_data_come_as_they_were_written(
     assert isinstance(file, SafetensorsFile if kind == "safetensors" else TorchFile)
     assert file.headers["a"] == ((3, 4), dtype)
     assert torch.equal(file.read("a"), value) and file.read("a").dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "before torch 1.6"])
+def test_tensors_that_were_read_outlive_their_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file that is cut under a running process ends it (SIGBUS)."""
+    monkeypatch.setattr(tensor_files, "UNMAP_AFTER", 5000)
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.bin")
+    values = {name: torch.arange(1000.0) + 1000 * i for i, name in enumerate("abcde")}
+    if kind == "safetensors":
+        save_file(values, path)
+    else:
+        WAYS[kind](values, path)
+    file = open_tensor_file(path, "x")
+    for name in "abcdeedcbaabc":  # more often than the file is let go
+        assert torch.equal(file.read(name), values[name])
+    read = {name: file.read(name) for name in "abcde"}
+    path.write_bytes(b"")
+    for name, value in values.items():
+        assert torch.equal(read[name], value)
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_files_are_let_go_once_they_have_been_read(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pages count as the process's, which would then hold all weights twice."""
+    path = tmp_path / f"x.{suffix}"
+    values = {name: torch.full((1000,), float(i)) for i, name in enumerate("abcd")}
+    if suffix == "safetensors":
+        save_file(values, path)
+    else:
+        torch.save(values, path)
+    file = open_tensor_file(path, "x")
+    everything = [file.read(name) for name in "abcd"]
+    assert not mapped(path)
+    monkeypatch.setattr(tensor_files, "UNMAP_AFTER", 8000)
+    everything += [file.read(name) for name in "ab"]
+    assert not mapped(path), "half of it has been read"
+    assert torch.equal(torch.stack(everything)[:, 0], torch.tensor([0.0, 1, 2, 3, 0, 1]))
 
 
 class MemoryFile(TensorFile):
@@ -202,6 +250,53 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     save_file(tensors("a"), inner / "model.safetensors")
     write_index(inner, secret="../outside.safetensors", a="model.safetensors")
     assert set(open_folder(inner, inner).files) == {"a"}
+
+
+def labels(folder: Path) -> list[list[str]]:
+    """The files of each set, sets and files in order."""
+    sets = open_weight_sets(folder, folder)
+    return sorted(sorted({file.label for file in store.files.values()}) for store in sets)
+
+
+def test_shards_are_a_set_and_so_is_every_other_file(tmp_path: Path) -> None:
+    for name in (
+        "model-00001-of-00002",
+        "model-00002-of-00002",
+        "w4-1-of-2",
+        "w4-2-of-2",
+        "b",
+        "c",
+    ):
+        save_file(tensors(name), tmp_path / f"{name}.safetensors")
+    assert labels(tmp_path) == [
+        ["b.safetensors"],
+        ["c.safetensors"],
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ["w4-1-of-2.safetensors", "w4-2-of-2.safetensors"],
+    ]
+    store = open_folder(tmp_path, tmp_path)
+    assert len(store.files) == 6 and store.where == tmp_path.name
+
+
+def test_beside_an_index_only_4_bit_files_are_sets_of_their_own(tmp_path: Path) -> None:
+    write_tensors(tmp_path, tensors("a", "b"), shards=2)
+    save_file(tensors("a", "b"), tmp_path / "consolidated.safetensors")
+    save_file(tensors("a.qweight", "b"), tmp_path / "w4.safetensors")
+    own = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert labels(tmp_path) == [own, ["w4.safetensors"]]
+    assert set(open_folder(tmp_path, tmp_path).files) == {"a", "b"}
+
+
+def test_4_bit_files_are_a_folders_own_only_where_there_are_no_others(tmp_path: Path) -> None:
+    save_file(tensors("a.weight_packed", "b"), tmp_path / "w4.safetensors")
+    assert set(open_folder(tmp_path, tmp_path).files) == {"a.weight_packed", "b"}
+    save_file(tensors("c"), tmp_path / "vision.safetensors")
+    assert set(open_folder(tmp_path, tmp_path).files) == {"c"}
+    sets = open_weight_sets(tmp_path, tmp_path)
+    (quantized,) = [store for store in sets if store.holds_quantized]
+    assert not open_folder(tmp_path, tmp_path, exclude=quantized).holds_quantized
+    (tmp_path / "vision.safetensors").unlink()
+    assert not open_folder(tmp_path, tmp_path, exclude=quantized).files
 
 
 @pytest.mark.parametrize(

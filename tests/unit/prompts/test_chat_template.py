@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
+from models import SamplingParams, load_engine
 from models.checkpoints import PromptSpec
 from models.errors import CheckpointError, InvalidRequest
 from models.prompts import (
@@ -22,7 +24,7 @@ from models.prompts import (
     load_tokenizer,
     stop_token_ids,
 )
-from tests.synthetic import rewrite_json
+from tests.synthetic import rewrite_json, write_tiny_llava
 from tests.unit.prompts.tiny_tokenizers import write_llama_3, write_llava_hf, write_qwen2
 
 CHATML = """{% if messages[0]['role'] != 'system' %}
@@ -182,6 +184,22 @@ def test_where_the_encoder_ends_pictures_with_a_newline_the_text_has_none(qwen: 
         spec = PromptSpec("tokenizer", tokenization="whole", image_suffix=suffix)
         template = load_template(spec, qwen, load_tokenizer(qwen, "whole"))
         assert f"user\n{text} is 'this'?<|im_end|>" in template.render(CONVERSATION[1:2])
+
+
+def test_an_engine_answers_what_its_checkpoints_template_wrote(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny", awq=False)
+    (folder / "chat_template.jinja").write_text(PARTS)
+    with load_engine(
+        folder, precision="W16A16", template="tokenizer", device="cpu", dtype="float32",
+        num_threads=1,
+    ) as engine:  # fmt: skip
+        prompt = engine.template.render(CONVERSATION)
+        assert prompt.endswith("ASSISTANT:") and prompt.count("<image>") == 1
+        params = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
+        picture = Image.new("RGB", (20, 20))
+        deltas = list(engine.generate(prompt, [picture], params))
+        assert deltas[-1].usage is not None and deltas[-1].usage.completion_tokens == 4
+        assert engine.stop_token_ids == {2}
 
 
 # ---- a stranger's program -------------------------------------------------------------------

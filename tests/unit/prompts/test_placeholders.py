@@ -17,9 +17,16 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from models.checkpoints import PromptSpec
 from models.errors import CheckpointError, InvalidRequest
-from models.prompts import IMAGE_TOKEN_ID, load_tokenizer, tokenize_prompt
+from models.prompts import (
+    IMAGE,
+    IMAGE_TOKEN_ID,
+    Message,
+    get_template,
+    load_tokenizer,
+    tokenize_prompt,
+)
 from models.prompts.sentencepiece_ import SentencePieceTokenizer
-from tests.unit.prompts.tiny_tokenizers import write_llava_hf, write_qwen2
+from tests.unit.prompts.tiny_tokenizers import write_llama_3, write_llava_hf, write_qwen2
 
 MODEL = (Path(__file__).parent / "recorded" / "tokenizer.model").read_bytes()
 PLAIN = SentencePieceTokenizer(MODEL)
@@ -126,6 +133,21 @@ def test_tinychats_rewriting_is_a_backslash_an_n_and_a_space() -> None:
         "no picture", PLAIN, num_images=0, prompt_spec=SPEC, tinychat_prompt_rewrite=True
     )
     assert same == PLAIN.encode("no picture")
+
+
+def test_vilas_llama_3_reads_two_beginnings_of_text(tmp_path: Path) -> None:
+    """One from the template, one from the tokenizer, before the first piece only: VILA's
+    `tokenizer_image_token` (0085724), formulated anew."""
+    made = write_llama_3(tmp_path)
+    prompt = get_template("llama_3").render([Message("user", [IMAGE, IMAGE, "What?"])])
+    first, *others = [made.encode(piece).ids for piece in prompt.split("<image>")]
+    expected = [*first, *(i for piece in others for i in (-200, *piece[1:]))]
+    got = tokenize_prompt(
+        prompt, load_tokenizer(tmp_path), num_images=2, prompt_spec=PromptSpec("llama_3")
+    )
+    assert got == expected
+    begin = made.token_to_id("<|begin_of_text|>")
+    assert got[:2] == [begin, begin] and got.count(begin) == 2
 
 
 # ---- the whole at once ----------------------------------------------------------------------
