@@ -113,6 +113,11 @@ class AppConfig(BaseModel):
     enable_prefix_caching: bool = Field(
         True, description="Reuse the KV blocks of equal beginnings, pictures included."
     )
+    bf16_copy: bool | None = Field(
+        None,
+        description="On a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are "
+        "computed up to 2.5 times as fast. Default: where a quarter of the free memory holds it.",
+    )
     image_cache_bytes: int = Field(
         256 << 20, ge=0, description="Bytes of picture embeddings that are kept for reuse."
     )
@@ -276,7 +281,7 @@ class AppConfig(BaseModel):
         """The part that `models.load_engine` takes as they are, less `max_num_seqs`."""
         names = (
             "max_model_len", "max_num_batched_tokens", "block_size", "gpu_memory_utilization",
-            "kv_cache_bytes", "enable_prefix_caching", "image_cache_bytes",
+            "kv_cache_bytes", "enable_prefix_caching", "image_cache_bytes", "bf16_copy",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

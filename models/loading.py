@@ -24,7 +24,7 @@ from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
 from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
-from models.engine.sizing import resolve_sizes, threads_for
+from models.engine.sizing import keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
@@ -143,7 +143,7 @@ def load_core(
     started = time.monotonic()
     spec = checkpoint.spec
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
-    backend = select_backend(target, kind)
+    backend = select_backend(target, kind, bf16_copy=keeps_bf16_copy(options, spec.language))
     tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
     check_vocabulary(tokenizer, spec.language)
     conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)

@@ -17,6 +17,8 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in one step at most, decodes included: the size of
             a prefill chunk; default 2,048 on a GPU, 512 on a CPU.
         block_size: tokens in a KV block.
+        bf16_copy: on a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are
+            computed up to 2.5 times as fast; default: where a quarter of the free memory holds it.
         gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache.
         kv_cache_bytes: size of the KV cache; default on a GPU: what `gpu_memory_utilization`
             leaves; on a CPU: `max_num_seqs` full contexts, at most a quarter of the free memory.
@@ -28,6 +30,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
+    bf16_copy: bool | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
@@ -36,7 +39,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in {"image_cache_bytes", "enable_prefix_caching"} else 1e-9
+            least = 0 if field.name == "image_cache_bytes" or isinstance(value, bool) else 1e-9
             if value is not None and value < least:
                 raise ConfigurationError(f"{field.name} is {value!r}; it must be positive")
         if self.gpu_memory_utilization > 1:

@@ -13,10 +13,12 @@ from models.errors import ConfigurationError
 from models.language.attention import AttentionBatch, Span
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape, head_dim
+from models.language.loading import linear_shapes
 from models.vision import VisionEncoder
 
 CPU_MEMORY_SHARE = 0.25
-"""Of the memory that is free at start; the rest is the weights' page cache and other people's."""
+"""Of the memory that is free at start, for the KV cache; and as much for a copy of the weights. The
+rest is the weights themselves, their page cache, and other people's."""
 
 WEIGHTS_PER_THREAD = 2 << 20
 """Of one decoder layer. With fewer, one thread was faster than two."""
@@ -56,7 +58,7 @@ def resolve_sizes(
     elif on_gpu:
         budget = _gpu_budget(options, shape, max_num_batched_tokens, decoder, vision, device)
     else:
-        budget = int(_available_memory() * CPU_MEMORY_SHARE)
+        budget = int(available_memory() * CPU_MEMORY_SHARE)
     num_blocks = budget // shape.bytes_per_block
     if options.kv_cache_bytes is None:
         num_blocks = min(num_blocks, max_num_seqs * blocks_per_seq)
@@ -73,6 +75,14 @@ def resolve_sizes(
         max_num_batched_tokens=max_num_batched_tokens,
         num_blocks=num_blocks,
     )
+
+
+def keeps_bf16_copy(options: EngineOptions, config: PreTrainedConfig) -> bool:
+    """Whether a CPU keeps a 16-bit copy of the 4-bit weights; see `EngineOptions.bf16_copy`."""
+    if options.bf16_copy is not None:
+        return options.bf16_copy
+    copy_bytes = 2 * sum(n * k for n, k in linear_shapes(config).values())
+    return copy_bytes <= CPU_MEMORY_SHARE * available_memory()
 
 
 def threads_for(config: PreTrainedConfig, available: int) -> int:
@@ -110,7 +120,7 @@ def _gpu_budget(
     return int(total * options.gpu_memory_utilization) - reserved_by_others - activations
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that this process may still take, by the kernel and by its control group."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)

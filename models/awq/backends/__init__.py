@@ -6,6 +6,7 @@ import torch
 
 from models.awq.backends.base import Backend
 from models.awq.backends.cpu_int4 import CpuInt4
+from models.awq.backends.cpu_int4_bf16 import CpuInt4Bf16
 from models.awq.backends.cuda_int4 import CudaInt4
 from models.awq.backends.reference import Reference
 from models.errors import ConfigurationError
@@ -14,13 +15,19 @@ from models.registry import Registry
 BACKENDS: Registry[Backend] = Registry("W4A16 backend", ConfigurationError)
 BACKENDS.register("reference", Reference())
 BACKENDS.register("cpu_int4", CpuInt4())
+BACKENDS.register("cpu_int4_bf16", CpuInt4Bf16())
 BACKENDS.register("cuda_int4", CudaInt4())
 
 
-def select_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the fastest backend for activations of `dtype` on `device`."""
+def select_backend(device: torch.device, dtype: torch.dtype, *, bf16_copy: bool = False) -> str:
+    """The name of the fastest backend for activations of `dtype` on `device`.
+
+    Args:
+        bf16_copy: there is memory for a copy of the weights in 16 bits, should one be of use.
+    """
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return "cpu_int4"  # its other dtypes are some 60 times slower
+        # Its other dtypes are some 60 times slower.
+        return "cpu_int4_bf16" if bf16_copy else "cpu_int4"
     if device.type == "cuda" and dtype == torch.bfloat16:
         return "cuda_int4"  # tinygemm has no other dtype
     return "reference"

@@ -13,6 +13,7 @@ from models.awq import QuantizedWeight, W4A16Linear, linear, quantize_rtn, selec
 from models.awq.backends import BACKENDS
 from models.awq.backends.base import BackendMismatch, Shape
 from models.awq.backends.cpu_int4 import scale_and_offset
+from models.awq.backends.cpu_int4_bf16 import MANY_ROWS
 from models.awq.backends.cuda_int4 import INNER_K_TILES, CudaInt4, unpack_tinygemm
 from models.errors import ConfigurationError
 
@@ -76,7 +77,7 @@ def test_fp16_scales_are_widened_before_bf16_is_rounded() -> None:
 # ---- the layer ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_int4"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_int4", "cpu_int4_bf16"])
 @pytest.mark.parametrize("shape", [(128,), (1, 128), (3, 128), (2, 5, 128), (0, 128)])
 def test_leading_dimensions_are_kept(backend: str, shape: tuple[int, ...]) -> None:
     layer = build(random_weight(32, 128), backend, torch.bfloat16)
@@ -86,7 +87,7 @@ def test_leading_dimensions_are_kept(backend: str, shape: tuple[int, ...]) -> No
     assert "out_features=32" in repr(layer) and backend in repr(layer)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_int4"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_int4", "cpu_int4_bf16"])
 def test_a_bias_is_added(backend: str) -> None:
     weight, x = random_weight(32, 128), inputs(3, 128, torch.bfloat16)
     bias = torch.arange(32.0)
@@ -95,10 +96,10 @@ def test_a_bias_is_added(backend: str) -> None:
     assert torch.equal(with_bias, without + bias.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_int4"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_int4", "cpu_int4_bf16"])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_fused_layers_are_the_separate_layers_joined(backend: str, rows: int) -> None:
-    dtype = torch.bfloat16 if backend == "cpu_int4" else torch.float32
+    dtype = torch.float32 if backend == "reference" else torch.bfloat16
     parts = [random_weight(n, 128, seed=n) for n in (64, 32, 32)]
     x = inputs(rows, 128, dtype)
     fused = build(QuantizedWeight.cat(parts), backend, dtype)
@@ -128,6 +129,16 @@ def test_the_cpu_backend_is_within_bf16_of_the_reference(
     # The scale and the offset are rounded to bf16 (8 bits) before they meet 15 steps and K inputs.
     assert (got.double() - exact).abs().max() < 0.02 * exact.abs().max()
     assert (got.double() - exact).square().mean().sqrt() < 0.01 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("rows", [1, MANY_ROWS - 1, MANY_ROWS, 40])
+def test_many_rows_go_through_the_16_bit_copy_and_few_through_the_4_bits(rows: int) -> None:
+    weight, x = random_weight(48, 512), inputs(rows, 512, torch.bfloat16)
+    got = build(weight, "cpu_int4_bf16", torch.bfloat16)(x)
+    few = build(weight, "cpu_int4", torch.bfloat16)(x)
+    many = F.linear(x, weight.dequantize(torch.bfloat16))
+    assert not torch.equal(few, many)
+    assert torch.equal(got, few if rows < MANY_ROWS else many)
 
 
 def test_every_nibble_and_zero_point_has_its_place_in_the_cpu_backend() -> None:
@@ -198,12 +209,16 @@ def test_backends_are_chosen_by_device_and_dtype() -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     }
     assert chosen.pop(("cpu", torch.bfloat16)) == "cpu_int4"
+    assert select_backend(CPU, torch.bfloat16, bf16_copy=True) == "cpu_int4_bf16"
+    assert select_backend(CPU, torch.float32, bf16_copy=True) == "reference"
     assert chosen.pop(("cuda", torch.bfloat16)) == "cuda_int4"
     assert chosen.pop(("cpu", torch.float32)) == chosen.pop(("cuda", torch.float32)) == "reference"
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match="'marlin'; known: reference, cpu_int4, cuda_int4"):
+    with pytest.raises(
+        ConfigurationError, match="'marlin'; known: reference, cpu_int4, cpu_int4_bf16, cuda"
+    ):
         build(random_weight(16, 128), "marlin", torch.float32)
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from models import load_engine
 from models.engine import sizing
 from models.engine.options import EngineOptions
-from models.engine.sizing import EngineSizes, resolve_sizes, threads_for
+from models.engine.sizing import EngineSizes, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from tests.synthetic import write_tiny_llava
@@ -58,7 +58,7 @@ def test_without_a_budget_full_contexts_are_held_and_no_more(
 ) -> None:
     assert sizes(max_num_seqs=3, context=500).num_blocks == 3 * 32
     assert sizes(context=512).num_blocks == 8 * 32, "eight requests on a CPU"
-    monkeypatch.setattr(sizing, "_available_memory", lambda: 40 * shape().bytes_per_block)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 40 * shape().bytes_per_block)
     assert sizes(context=512).num_blocks == 10, "a quarter of the free memory"
 
 
@@ -97,7 +97,7 @@ def test_what_may_be_nothing() -> None:
 
 
 def test_the_free_memory_of_this_machine_is_found() -> None:
-    assert sizing._available_memory() > 1 << 20
+    assert sizing.available_memory() > 1 << 20
 
 
 def test_max_model_len_shortens_the_context_and_never_lengthens_it(tmp_path: Path) -> None:
@@ -114,3 +114,15 @@ def test_small_layers_are_not_shared_out_among_threads() -> None:
     seven_b = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
     assert threads_for(CONFIG, available=16) == 1
     assert threads_for(seven_b, available=16) == 16
+
+
+def test_a_16_bit_copy_of_the_weights_is_kept_where_it_takes_a_quarter_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # q, k, v, o and three of the MLP's, in three layers, two bytes each
+    copy_bytes = 2 * 3 * (128 * 128 + 2 * 64 * 128 + 128 * 128 + 3 * 128 * 64)
+    for free, kept in ((4 * copy_bytes, True), (4 * copy_bytes - 1, False)):
+        monkeypatch.setattr(sizing, "available_memory", lambda free=free: free)
+        assert keeps_bf16_copy(EngineOptions(), CONFIG) is kept
+        assert keeps_bf16_copy(EngineOptions(bf16_copy=True), CONFIG)
+        assert not keeps_bf16_copy(EngineOptions(bf16_copy=False), CONFIG)
