@@ -10,6 +10,8 @@ from torch import Tensor
 
 BITS = 4
 MAX_Q = 2**BITS - 1
+MIDDLE_Q = 2 ** (BITS - 1)
+"""The zero point of symmetric weights."""
 
 
 @dataclass(frozen=True, eq=False)

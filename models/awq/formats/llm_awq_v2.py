@@ -15,26 +15,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.awq.formats.base import AwqFormat, TensorHeader
+from models.awq.formats.base import (
+    FLOATS,
+    AwqFormat,
+    TensorHeader,
+    impossible_layer,
+    wrong_dtype,
+    wrong_shape,
+)
+from models.awq.formats.groups import (
+    OCTET,
+    PADDED_GROUP_SIZES,
+    infer_group_size,
+    padded_groups,
+    zero_width,
+)
 from models.awq.quantized_weight import MAX_Q, QuantizedWeight
 
 ROWS = 4
 """Output rows that are interleaved in one row of `qweight`."""
 STRIDE = 64
 """Inputs in one block of the interleaving."""
-OCTET = 8
-"""Neighbouring inputs lie in neighbouring words, eight of them."""
-GROUP_SIZES = (128, 64, 32, 256)
-"""Those that upstream's `calculate_zeros_width` knows (any multiple of 128), likeliest first."""
 LARGEST_ROUNDING = 0.25
 """Of a zero point recomputed from its product. Half a step would be a guess; see `unpack`."""
-
-
-def zero_width(k: int, group_size: int) -> int:
-    """Upstream's `calculate_zeros_width`: an eighth of the rows of `scales`."""
-    multiple = {64: 2, 32: 4}.get(group_size, 1)
-    width = -(-(k // group_size) // OCTET)
-    return -(-width // multiple) * multiple
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -50,10 +53,10 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         ValueError: the format has no place for such a shape.
     """
     n, k = weight.q.shape
-    if n % 8 or k % STRIDE or weight.group_size not in GROUP_SIZES:
+    if n % 8 or k % STRIDE or weight.group_size not in PADDED_GROUP_SIZES:
         raise ValueError(
             f"llm-awq v2 holds layers whose outputs are a multiple of 8, inputs a multiple of "
-            f"{STRIDE} and groups one of {sorted(GROUP_SIZES)}, not {n} x {k} in groups of "
+            f"{STRIDE} and groups one of {sorted(PADDED_GROUP_SIZES)}, not {n} x {k} in groups of "
             f"{weight.group_size}"
         )
     # group of rows, row, block of columns, half, nibble, octet
@@ -109,31 +112,6 @@ def unpack(
     return QuantizedWeight(q, scale, zero.to(torch.uint8), group_size)
 
 
-def infer_group_size(scales: Tensor, in_features: int) -> int:
-    """The group size, which the format does not store.
-
-    The number of rows leaves one candidate nearly always; small layers, where padding makes two
-    sizes equal, are told apart by how many rows are not padding.
-
-    Raises:
-        ValueError: no group size fits.
-    """
-    fitting = [size for size in GROUP_SIZES if _rows_fit(scales.shape[0], in_features, size)]
-    if len(fitting) > 1:
-        used = int((scales != 0).any(dim=1).sum())
-        fitting = [size for size in fitting if in_features // size == used]
-    if not fitting:
-        raise ValueError(
-            f"scales {tuple(scales.shape)} fit no group size of {sorted(GROUP_SIZES)} for "
-            f"{in_features} inputs"
-        )
-    return fitting[0]
-
-
-def _rows_fit(rows: int, in_features: int, group_size: int) -> bool:
-    return in_features % group_size == 0 and rows == OCTET * zero_width(in_features, group_size)
-
-
 def _padded_transpose(values: Tensor, rows: int) -> Tensor:
     out = values.new_zeros((rows, values.shape[0]))
     out[: values.shape[1]] = values.t()
@@ -153,33 +131,22 @@ class LlmAwqV2(AwqFormat):
     def problem(
         self, headers: Mapping[str, TensorHeader], n: int, k: int
     ) -> tuple[str, str] | None:
-        qweight, scales, zeros = (headers[suffix] for suffix in self.suffixes)
         if n % ROWS or k % STRIDE:
-            return (
-                "qweight",
-                f"cannot hold a layer of {n} x {k}, which the config asks for",
-            )
-        if qweight.dtype != torch.int16:
-            return (
-                "qweight",
-                f"has dtype {qweight.dtype}, where llm-awq v2 has torch.int16",
-            )
-        if qweight.shape != (n // ROWS, k):
-            return "qweight", f"has shape {qweight.shape}, expected {(n // ROWS, k)}"
-        allowed = sorted({
-            (OCTET * zero_width(k, size), n) for size in GROUP_SIZES if k % size == 0
-        })  # fmt: skip
-        if scales.shape not in allowed:
-            expected = " or ".join(map(str, allowed)) or "another number of inputs"
-            return "scales", f"has shape {scales.shape}, expected {expected}"
-        if zeros.shape != scales.shape:
-            return (
-                "scaled_zeros",
-                f"has shape {zeros.shape}, expected {scales.shape} (as scales)",
-            )
-        return None
+            return impossible_layer("qweight", n, k)
+        scales = [(groups, n) for groups in padded_groups(k)]
+        return (
+            wrong_dtype(headers, "qweight", (torch.int16,), "llm-awq v2")
+            or wrong_shape(headers, "qweight", (n // ROWS, k))
+            or wrong_dtype(headers, "scales", FLOATS, "llm-awq v2")
+            or wrong_shape(headers, "scales", *scales)
+            or wrong_dtype(headers, "scaled_zeros", FLOATS, "llm-awq v2")
+            or wrong_shape(headers, "scaled_zeros", headers["scales"].shape, note=" (as scales)")
+        )
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         qweight, scales, scaled_zeros = (tensors[suffix] for suffix in self.suffixes)
         group_size = infer_group_size(scales, qweight.shape[1])
         return unpack(qweight, scales, scaled_zeros, group_size, qweight.shape[1])
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        return pack(weight, dtype)
