@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +20,6 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -34,11 +33,12 @@ from models.checkpoints.synthesis.weights import RandomWeights
 from models.errors import ConfigurationError
 from models.registry import Registry
 
-LANGUAGE_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+LANGUAGE_CLASSES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
 }
+"""Config and model."""
 HEAD_GAIN = 3.0
 """Times the usual spread of the output layer: answers that hang on a rounding are rarer."""
 VISUAL_GAIN = 2.0
@@ -112,7 +112,7 @@ def tower_parameters(family: Family) -> list[Parameter]:
 
 def tower_config(family: Family) -> CLIPVisionConfig | SiglipVisionConfig:
     tower = family.tower
-    values = {
+    values: dict[str, Any] = {
         "hidden_size": tower.hidden, "intermediate_size": tower.intermediate,
         "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
         "image_size": tower.image_size, "patch_size": tower.patch_size,

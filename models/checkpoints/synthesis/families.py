@@ -18,9 +18,7 @@ LLAMA_3_8B = LanguageModel("llama", 4096, 14336, 32, 32, 8, positions=8192, rope
 SHEARED_LLAMA_2_7B = LanguageModel("llama", 2560, 6912, 32, 20, 20)
 MISTRAL_7B = LanguageModel("mistral", 4096, 14336, 32, 32, 8, positions=32768, rope_theta=1e6)
 YI_34B = LanguageModel("llama", 7168, 20480, 60, 56, 8, rope_theta=5e6)
-QWEN2_7B = LanguageModel(
-    "qwen2", 3584, 18944, 28, 28, 4, positions=32768, eps=1e-6, rope_theta=1e6
-)
+QWEN2_7B = LanguageModel("qwen2", 3584, 18944, 28, 28, 4, positions=32768, eps=1e-6, rope_theta=1e6)
 
 CLIP_224 = Tower("clip", "openai/clip-vit-large-patch14", 1024, 4096, 24, 16, 224, 14)
 CLIP_336 = Tower("clip", "openai/clip-vit-large-patch14-336", 1024, 4096, 24, 16, 336, 14)
@@ -58,24 +56,36 @@ for _family in (
     replace(LLAVA_1_5, name="llava-v1.5-13b", language=LLAMA_13B),
     # Of the time before `mm_projector_type`, `image_aspect_ratio` and plain `<image>`.
     replace(
-        LLAVA_1_5, name="llava-v1", tower=CLIP_224, projector="linear", aspect_ratio=None,
-        frame=True, language=replace(LLAMA_7B, positions=2048, eps=1e-6),
-    ),  # fmt: skip
+        LLAVA_1_5,
+        name="llava-v1",
+        tower=CLIP_224,
+        projector="linear",
+        aspect_ratio=None,
+        frame=True,
+        language=replace(LLAMA_7B, positions=2048, eps=1e-6),
+    ),
     LLAVA_1_6,
     replace(LLAVA_1_6, name="llava-v1.6-mistral-7b", language=MISTRAL_7B, dtype=torch.bfloat16),
     replace(
-        LLAVA_1_6, name="llava-v1.6-34b", language=YI_34B, vocabulary=64000, tokenizer="yi",
+        LLAVA_1_6,
+        name="llava-v1.6-34b",
+        language=YI_34B,
+        vocabulary=64000,
+        tokenizer="yi",
         dtype=torch.bfloat16,
-    ),  # fmt: skip
+    ),
     HF_1_5,
     HF_1_6,
     replace(HF_1_6, name="llava-v1.6-mistral-7b-hf", language=MISTRAL_7B),
     replace(LLAVA_1_5, name="vila-7b", file_format="safetensors", dtype=torch.bfloat16),
     VILA_1_5,
     replace(
-        VILA_1_5, name="llama-3-vila1.5-8b", language=LLAMA_3_8B, vocabulary=128_000,
+        VILA_1_5,
+        name="llama-3-vila1.5-8b",
+        language=LLAMA_3_8B,
+        vocabulary=128_000,
         tokenizer="llama-3",
-    ),  # fmt: skip
+    ),
     replace(VILA_1_5, name="vila1.5-13b", language=LLAMA_13B),
     NVILA,
     replace(NVILA, name="nvila-lite-8b-resize", projector="mlp_downsample_3x3_fix"),

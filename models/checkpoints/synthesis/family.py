@@ -88,10 +88,10 @@ class Family:
 
 
 def tiny(family: Family) -> Family:
-    """The same of everything, with small numbers: less than 3 MB in 16 bits."""
+    """The same of everything, with small numbers: less than 3 MiB in 16 bits."""
     grouped = family.language.kv_heads < family.language.heads
     language = replace(
-        family.language, hidden=256, intermediate=512, layers=2, heads=4,
+        family.language, hidden=256, intermediate=384, layers=2, heads=4,
         kv_heads=2 if grouped else 4, positions=TINY_CONTEXT,
     )  # fmt: skip
     whole, patch = family.tower.image_size, TINY_PATCH[family.tower.kind]
@@ -100,7 +100,7 @@ def tiny(family: Family) -> Family:
     divisor = 6 if family.tower.kind == "clip" else 4
     side = math.ceil(whole // family.tower.patch_size / divisor)
     tower = replace(
-        family.tower, hidden=64, intermediate=128, layers=3, heads=4, image_size=side * patch,
+        family.tower, hidden=64, intermediate=96, layers=3, heads=4, image_size=side * patch,
         patch_size=patch,
     )  # fmt: skip
     pinpoints = tuple(

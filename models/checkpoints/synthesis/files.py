@@ -108,7 +108,7 @@ class TorchFileWriter(TensorWriter):
 
     def add(self, name: str, tensor: Tensor) -> None:
         self._headers[name] = TensorHeader(tuple(tensor.shape), tensor.dtype)
-        self._spool.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._spool.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         with FakeTensorMode():

@@ -22,7 +22,6 @@ class OutputFormat:
         file_ending: of the one `.pt` file that holds the quantised model, beside the checkpoint's
             own weights. None for formats that take the place of those weights.
         dtype: of all floating-point tensors, where the format allows one only.
-        symmetric: every zero point is 8, and is not stored.
         config: group size -> `quantization_config` of config.json.
     """
 
@@ -30,12 +29,21 @@ class OutputFormat:
     entry: str | None = None
     file_ending: str | None = None
     dtype: torch.dtype | None = None
-    symmetric: bool = False
     config: Callable[[int], dict[str, object]] | None = None
 
     @property
     def is_quantized(self) -> bool:
         return self.entry is not None
+
+    @property
+    def symmetric(self) -> bool:
+        """Every zero point is 8, so that the weights are others than those of all other formats."""
+        return self.entry is not None and FORMATS[self.entry].symmetric
+
+    @property
+    def stands_apart(self) -> bool:
+        """It takes the place of the 16-bit weights, so that both cannot be in one folder."""
+        return self.is_quantized and self.file_ending is None
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert self.entry is not None
@@ -70,17 +78,19 @@ def _compressed_tensors_config(group_size: int, symmetric: bool) -> dict[str, ob
 OUTPUT_FORMATS: Registry[OutputFormat] = Registry("format", ConfigurationError)
 for _format in (
     OutputFormat("16bit"),
-    OutputFormat("llm-awq-v2", "llm-awq v2", "awq-v2.pt"),
-    OutputFormat("llm-awq-v1", "llm-awq v1", "awq-v1.pt"),
-    OutputFormat("llm-awq-v0", "llm-awq v0", "awq.pt"),
-    OutputFormat("autoawq", "AutoAWQ GEMM", dtype=torch.float16, config=_awq_config),
+    OutputFormat("llm-awq-v2", "llm-awq-v2", "awq-v2.pt"),
+    OutputFormat("llm-awq-v1", "llm-awq-v1", "awq-v1.pt"),
+    OutputFormat("llm-awq-v0", "llm-awq-v0", "awq.pt"),
+    OutputFormat("autoawq", "autoawq-gemm", dtype=torch.float16, config=_awq_config),
     OutputFormat(
-        "compressed-tensors", "compressed-tensors",
+        "compressed-tensors",
+        "compressed-tensors",
         config=lambda group_size: _compressed_tensors_config(group_size, symmetric=False),
-    ),  # fmt: skip
+    ),
     OutputFormat(
-        "compressed-tensors-sym", "compressed-tensors symmetric", symmetric=True,
+        "compressed-tensors-sym",
+        "compressed-tensors-symmetric",
         config=lambda group_size: _compressed_tensors_config(group_size, symmetric=True),
-    ),  # fmt: skip
+    ),
 ):
     OUTPUT_FORMATS.register(_format.name, _format)

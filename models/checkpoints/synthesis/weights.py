@@ -7,8 +7,6 @@ into bfloat16, so that it is the same in each dtype that a checkpoint is written
 from __future__ import annotations
 
 import hashlib
-from typing import cast
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,7 +36,7 @@ class RandomWeights:
         self._symmetric = symmetric
 
     def dense(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
-        """float32-free memory: bfloat16, of the given shape."""
+        """Uniform values of that mean and spread, in bfloat16."""
         rng = self._rng(name)
         out = torch.empty(shape, dtype=torch.bfloat16)
         flat = out.view(-1)
@@ -67,4 +65,4 @@ class RandomWeights:
 
 
 def _bytes(rng: np.random.Generator, count: int) -> Tensor:
-    return cast(Tensor, torch.frombuffer(bytearray(rng.bytes(count)), dtype=torch.uint8))
+    return torch.frombuffer(bytearray(rng.bytes(count)), dtype=torch.uint8)
