@@ -7,6 +7,7 @@ into bfloat16, so that it is the same in each dtype that a checkpoint is written
 from __future__ import annotations
 
 import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
