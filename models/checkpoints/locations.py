@@ -16,8 +16,15 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from models.awq.formats import QUANTIZED_SUFFIXES
-from models.checkpoints.tensor_files import TensorFile, label_of, open_tensor_file
+from models.checkpoints.tensor_files import (
+    SHARD,
+    NotTensors,
+    TensorFile,
+    TensorStore,
+    label_of,
+    open_tensor_file,
+    open_weight_sets,
+)
 from models.errors import CheckpointError
 from models.hub import HUB_ID
 
@@ -62,14 +69,17 @@ def locate(model_path: str | Path, what: str = "model_path") -> Location:
     return Location(_from_hub(text, what), text.rpartition("/")[2])
 
 
-def find_awq_file(
+def find_awq(
     quant_path: str | Path | None, root: Path, searched: Sequence[Path]
-) -> TensorFile | None:
-    """The file of the 4-bit weights; None if none is named and none is found.
+) -> TensorStore | None:
+    """The 4-bit weights; None if none are named and none are found.
+
+    They are one `.pt` file, a folder of `.pt` files with one tensor each (which TinyChat calls
+    `mem_efficient_load`), or safetensors, sharded or not, which may be the checkpoint's own.
 
     Args:
-        quant_path: a file, or a folder that holds one; relative to the working directory, or to
-            the checkpoint.
+        quant_path: a file (one shard of several stands for all), or a folder that holds them;
+            relative to the working directory, or to the checkpoint.
         root: the checkpoint.
         searched: the checkpoint's folders that are searched where `quant_path` is None.
 
@@ -78,51 +88,74 @@ def find_awq_file(
     """
     if quant_path is None:
         for folder in searched:
-            found = _only_awq_file(folder, root)
+            found = _awq_in(folder, root)
             if found is not None:
                 return found
         return None
     given = Path(quant_path).expanduser()
     for path in (given, root / given):
         if path.is_file():
-            file = open_tensor_file(path, label_of(path, root))
-            if not _holds_quantized(file):
+            store = _store_of(path, root)
+            if not store.holds_quantized:
                 raise CheckpointError(f"quant_path {str(quant_path)!r} holds no 4-bit weights")
-            return file
+            return store
         if path.is_dir():
-            folder_file = _only_awq_file(path, root)
-            if folder_file is None:
+            # TinyChat's users name `llm/`, or the checkpoint that it lies in.
+            found = _awq_in(path, root) or _awq_in(path / "llm", root)
+            if found is None:
                 raise CheckpointError(
                     f"quant_path {str(quant_path)!r} is a folder without a .pt file of 4-bit "
-                    "weights; name the file, or set precision: W16A16"
+                    "weights or safetensors of such; name the file, or set precision: W16A16"
                 )
-            return folder_file
+            return found
     raise CheckpointError(f"quant_path {str(quant_path)!r} is neither a file nor a folder")
 
 
-def _only_awq_file(folder: Path, root: Path) -> TensorFile | None:
+def _store_of(path: Path, root: Path) -> TensorStore:
+    if SHARD.fullmatch(path.stem):
+        for store in open_weight_sets(path.parent, root):
+            if path in store.paths:
+                return store
+    file = open_tensor_file(path, label_of(path, root))
+    return TensorStore.of(file.label, [file])
+
+
+def _awq_in(folder: Path, root: Path) -> TensorStore | None:
     """Files named `*-v2.pt` go before others, since older formats may lie beside them."""
-    paths = sorted(folder.glob("*.pt"))
-    preferred = [path for path in paths if path.name.endswith("-v2.pt")]
-    for candidates in (preferred, [path for path in paths if path not in preferred]):
-        found = _quantized_among(candidates, root)
-        if len(found) > 1:
-            names = ", ".join(file.label for file in found)
-            raise CheckpointError(
-                f"several files hold 4-bit weights: {names}; name one of them as quant_path"
-            )
-        if found:
-            return found[0]
-    return None
+    paths = sorted(path for path in folder.glob("*.pt") if path.is_file())
+    newest = [path for path in paths if path.name.endswith("-v2.pt")]
+    found = [store for store in _torch_stores(newest, folder, root) if store.holds_quantized]
+    if not found:
+        rest = [path for path in paths if path not in newest]
+        stores = [*_torch_stores(rest, folder, root), *open_weight_sets(folder, root)]
+        found = [store for store in stores if store.holds_quantized]
+    if len(found) > 1:
+        names = ", ".join(_described(store) for store in found)
+        raise CheckpointError(
+            f"several files hold 4-bit weights: {names}; name one of them as quant_path"
+        )
+    return found[0] if found else None
 
 
-def _quantized_among(paths: Iterable[Path], root: Path) -> list[TensorFile]:
-    files = (open_tensor_file(path, label_of(path, root)) for path in paths if path.is_file())
-    return [file for file in files if _holds_quantized(file)]
+def _torch_stores(paths: Iterable[Path], folder: Path, root: Path) -> list[TensorStore]:
+    """Each file by itself, but those that hold one tensor each, by its name, together."""
+    alone: list[TensorFile] = []
+    split: list[TensorFile] = []
+    for path in paths:
+        try:
+            file = open_tensor_file(path, label_of(path, root))
+        except NotTensors:
+            continue  # a trainer's state, or the results of AWQ's search
+        (split if [*file.headers] == [path.stem] else alone).append(file)
+    stores = [TensorStore.of(file.label, [file]) for file in alone]
+    if split:
+        stores.append(TensorStore.of(label_of(folder, root), split))
+    return stores
 
 
-def _holds_quantized(file: TensorFile) -> bool:
-    return any(name.rpartition(".")[2] in QUANTIZED_SUFFIXES for name in file.headers)
+def _described(store: TensorStore) -> str:
+    """A file by its name; shards by their first."""
+    return min(file.label for file in store.files.values())
 
 
 def _name_of(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.awq.formats import TensorHeader
+from models.awq.formats import QUANTIZED_SUFFIXES, TensorHeader
 from models.errors import CheckpointError
 
 OLDEST_SAFE_TORCH = (2, 10)
 """`weights_only` could be got round before 2.6, and corrupt memory before 2.10 (CVE-2025-32434,
 CVE-2026-24747)."""
+
+UNMAP_AFTER = 64 * 2**20
+"""Bytes read from a torch file after which its pages are let go. It takes some milliseconds to
+map it anew."""
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,7 +37,9 @@ FILE_KINDS = (
     ("*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
-"""Pattern and index of a folder's own 16-bit weights; the first kind that is there is taken."""
+"""Pattern and index of a folder's own weights; the first kind that is there is taken."""
+
+SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+")
 
 
 class TensorFile(ABC):
@@ -49,30 +56,41 @@ class TensorFile(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """On the CPU, in the file's dtype; mapped, where the file allows it."""
+        """On the CPU and in the file's dtype; not to be written to.
+
+        In memory of its own, rather than mapped: pages of a mapped file count as the process's,
+        which would hold every weight twice while it packs them, and a file that is replaced under
+        a running server would take the server with it.
+        """
 
 
 class SafetensorsFile(TensorFile):
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            with safe_open(path, framework="pt", device="cpu") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.headers = {
+                    name: TensorHeader(tuple(part.get_shape()), self._dtype(name, part.get_dtype()))
+                    for name, part in slices.items()
+                }
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{label} is not a readable safetensors file: {error}") from error
-        self.headers = {
-            name: TensorHeader(tuple(part.get_shape()), self._dtype(name, part.get_dtype()))
-            for name, part in slices.items()
-        }
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
+        # Opened for each tensor: that takes half a millisecond, and lets go of the pages read.
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
         return tensor
 
     def _dtype(self, name: str, dtype: str) -> torch.dtype:
         if dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(f"{name} in {self.label} has the unknown dtype {dtype}")
         return SAFETENSORS_DTYPES[dtype]
+
+
+class NotTensors(CheckpointError):
+    """A torch file that is harmless and whole, and holds something else than named tensors."""
 
 
 class TorchFile(TensorFile):
@@ -86,14 +104,37 @@ class TorchFile(TensorFile):
                 f"older ones can be made to run code by such files; this is {torch.__version__}"
             )
         self.path, self.label = path, label
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        self._mapped = zipfile.is_zipfile(path)
+        self._tensors: dict[str, Tensor] | None = self._load()
+        self._bytes_read = 0
+        self._bytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        self.headers = {
+            name: TensorHeader(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        if self._tensors is None:
+            self._tensors = self._load()
+        tensor = self._tensors[name]
+        if not self._mapped:
+            return tensor
+        tensor = tensor.clone()
+        self._bytes_read += tensor.nbytes
+        if self._bytes_read >= min(self._bytes, UNMAP_AFTER):
+            self._tensors, self._bytes_read = None, 0
+        return tensor
+
+    def _load(self) -> dict[str, Tensor]:
         try:
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=self._mapped
+            )
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{label} is refused: it holds pickled objects other than tensors, and loading "
-                "those can run code"
+                f"{self.label} is refused: it holds pickled objects other than tensors, and "
+                "loading those can run code"
             ) from error
         except (
             RuntimeError,
@@ -103,23 +144,16 @@ class TorchFile(TensorFile):
             KeyError,
             zipfile.BadZipFile,
         ) as error:
-            raise CheckpointError(f"{label} is not a readable torch file") from error
-        self._tensors = self._flat(content)
-        self.headers = {
-            name: TensorHeader(tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self._tensors.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+            raise CheckpointError(f"{self.label} is not a readable torch file") from error
+        return self._flat(content)
 
     def _flat(self, content: object) -> dict[str, Tensor]:
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{self.label} must hold a dict of tensors")
+            raise NotTensors(f"{self.label} must hold a dict of tensors")
         for name, value in content.items():
             dense = isinstance(value, Tensor) and value.layout is torch.strided
             if not isinstance(name, str) or not dense:
-                raise CheckpointError(f"{name!r} in {self.label} is not a dense tensor")
+                raise NotTensors(f"{name!r} in {self.label} is not a dense tensor")
         return {name: value.detach() for name, value in content.items()}
 
 
@@ -159,6 +193,14 @@ class TensorStore:
                 found[name] = file
         return cls(where, found, absent or {})
 
+    @property
+    def holds_quantized(self) -> bool:
+        return any(name.rpartition(".")[2] in QUANTIZED_SUFFIXES for name in self.files)
+
+    @property
+    def paths(self) -> set[Path]:
+        return {file.path for file in self.files.values()}
+
 
 def open_tensor_file(path: Path, label: str) -> TensorFile:
     return (SafetensorsFile if path.suffix == ".safetensors" else TorchFile)(path, label)
@@ -167,33 +209,63 @@ def open_tensor_file(path: Path, label: str) -> TensorFile:
 def open_folder(folder: Path, root: Path, exclude: TensorStore | None = None) -> TensorStore:
     """A folder's own weights: `*.safetensors`, or else `pytorch_model*.bin`.
 
-    An index is followed if all its files are there. If not, it may be stale (the released AWQ
-    checkpoints have such): the files that exist are read, and a tensor that is really missing is
-    then reported with the file that the index promised.
+    Where 4-bit weights lie beside 16-bit ones, the latter; `find_awq` finds the others.
 
     Args:
         root: the checkpoint's folder, which files are named relative to.
-        exclude: the AWQ file, should it lie among the folder's own.
+        exclude: the AWQ files, should they lie among the folder's own.
     """
+    others = set() if exclude is None else {path.resolve() for path in exclude.paths}
+    sets = [
+        store
+        for store in open_weight_sets(folder, root)
+        if others.isdisjoint(path.resolve() for path in store.paths)
+    ]
+    chosen = [store for store in sets if not store.holds_quantized] or sets
     where = label_of(folder, root)
-    others = set() if exclude is None else {file.path for file in exclude.files.values()}
+    if not chosen:
+        return TensorStore(where, {}, _weight_map(folder / FILE_KINDS[0][1], root))
+    if len(chosen) == 1:
+        return chosen[0]
+    files = [file for store in chosen for file in dict.fromkeys(store.files.values())]
+    return TensorStore.of(where, files, chosen[0].absent)
+
+
+def open_weight_sets(folder: Path, root: Path) -> list[TensorStore]:
+    """A folder's own weights, each file or set of shards by itself.
+
+    An index is followed if all its files are there; of the others, only 4-bit ones are then taken.
+    If not, it may be stale (the released AWQ checkpoints have such): the files that exist are read,
+    and a tensor that is really missing is then reported with the file that the index promised.
+    """
     for pattern, index_name in FILE_KINDS:
-        paths = [
-            path
-            for path in sorted(folder.glob(pattern))
-            if path.is_file() and not any(path.samefile(other) for other in others)
-        ]
+        paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
         if not paths:
             continue
         weight_map = _weight_map(folder / index_name, root)
         indexed = {folder / name for name in weight_map.values()}
-        if indexed and indexed <= set(paths):
-            paths = sorted(indexed)
+        complete = bool(indexed) and indexed <= set(paths)
+        sets: dict[str, list[Path]] = {}
+        for path in paths:
+            shard = SHARD.fullmatch(path.stem)
+            key = index_name if complete and path in indexed else path.name
+            sets.setdefault(shard["stem"] if shard and key == path.name else key, []).append(path)
         names = {path.name for path in paths}
         absent = {tensor: name for tensor, name in weight_map.items() if name not in names}
-        files = [open_tensor_file(path, label_of(path, root)) for path in paths]
-        return TensorStore.of(files[0].label if len(files) == 1 else where, files, absent)
-    return TensorStore(where, {}, _weight_map(folder / FILE_KINDS[0][1], root))
+        stores = {
+            key: TensorStore.of(
+                label_of(members[0] if len(members) == 1 else folder, root),
+                [open_tensor_file(path, label_of(path, root)) for path in members],
+                absent,
+            )
+            for key, members in sets.items()
+        }
+        return [
+            store
+            for key, store in stores.items()
+            if not complete or key == index_name or store.holds_quantized
+        ]
+    return []
 
 
 def label_of(path: Path, root: Path) -> str:

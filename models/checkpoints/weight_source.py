@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.awq.formats import FORMATS, QUANTIZED_SUFFIXES, AwqFormat, TensorHeader
+from models.awq.formats import FORMATS, QUANTIZED_SUFFIXES, AwqFormat, TensorHeader, detect
 from models.awq.quantized_weight import QuantizedWeight
 from models.checkpoints.tensor_files import TensorFile, TensorStore
 from models.errors import CheckpointError
@@ -99,7 +100,7 @@ class WeightSource:
         return self._place(name).header.shape
 
     def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU and in the file's dtype. Not to be written to: it is mapped."""
+        """The tensor, on the CPU and in the file's dtype. Not to be written to."""
         return self._place(name).read()
 
     def file_of(self, name: str) -> str:
@@ -109,17 +110,59 @@ class WeightSource:
         """Whether the layer `linear` ("model.layers.0.mlp.up_proj") is there in 4 bits."""
         return any(f"{linear}.{suffix}" in self._places for suffix in QUANTIZED_SUFFIXES)
 
+    def are_quantized(self, linears: Sequence[str]) -> bool:
+        """Whether layers that are to be joined are there in 4 bits.
+
+        Raises:
+            CheckpointError: some of them are, and some are not.
+        """
+        quantized = [linear for linear in linears if self.is_quantized(linear)]
+        if 0 < len(quantized) < len(linears):
+            others = [linear for linear in linears if linear not in quantized]
+            raise CheckpointError(
+                f"{self.component}: {', '.join(quantized)} in {self.where} {_are(quantized)} in 4 "
+                f"bits, and {', '.join(others)} {_are(others)} not; they are computed together, "
+                "so all of them have to be quantised, or none"
+            )
+        return bool(quantized)
+
+    def quantized_linears(self) -> list[str]:
+        """Every layer that is there in 4 bits."""
+        split = (name.rpartition(".") for name in self._places)
+        return sorted({linear for linear, _, suffix in split if suffix in QUANTIZED_SUFFIXES})
+
     @property
     def holds_quantized(self) -> bool:
-        return any(name.rpartition(".")[2] in QUANTIZED_SUFFIXES for name in self._places)
+        return bool(self.quantized_linears())
+
+    def format_of(self, linear: str) -> str:
+        """The name of its 4-bit format, in `models.awq.formats`.
+
+        Raises:
+            CheckpointError: it is of none that is known.
+        """
+        headers = self._headers(linear)
+        name = detect(headers)
+        if name is None:
+            found = ", ".join(
+                f"{suffix} {header.dtype} {header.shape}" for suffix, header in headers.items()
+            )
+            raise CheckpointError(
+                f"{linear} in {self.where} is not of a known 4-bit format: it has "
+                f"{found or 'no such tensors'}; known: {', '.join(FORMATS)}"
+            )
+        return name
 
     def quantized(self, linear: str) -> QuantizedWeight:
         """
         Raises:
             CheckpointError: the layer is not there in 4 bits, or its tensors are damaged.
         """
-        entry = self._format(linear)
-        tensors = {suffix: self.get(f"{linear}.{suffix}") for suffix in entry.suffixes}
+        entry = FORMATS[self.format_of(linear)]
+        optional = [s for s in entry.optional if f"{linear}.{s}" in self._places]
+        tensors = {
+            suffix: self.get(f"{linear}.{suffix}") for suffix in (*entry.suffixes, *optional)
+        }
         try:
             return entry.unpack(tensors)
         except ValueError as error:
@@ -148,9 +191,16 @@ class WeightSource:
             *self._misfits(unused, False),
         ]
         known = {*expected, *unused}
+        formats = {linear: self.format_of(linear) for linear in quantized or {}}
+        usual = Counter(formats.values()).most_common(1)
         for linear, (n, k) in (quantized or {}).items():
-            problems += self._misfit_quantized(linear, n, k)
-            known |= {f"{linear}.{suffix}" for suffix in QUANTIZED_SUFFIXES}
+            name, entry = formats[linear], FORMATS[formats[linear]]
+            wrong = self._misfit_quantized(linear, entry, n, k)
+            if not wrong and name != usual[0][0]:
+                # What a lost tensor leaves may well be of another format: symmetric, say.
+                wrong = [f"{linear} is of the format {name}, where most layers are {usual[0][0]}"]
+            problems += wrong
+            known |= {f"{linear}.{suffix}" for suffix in (*entry.suffixes, *entry.optional)}
         problems += [
             f"{self._stored(name)} in {self.file_of(name)} is left over: "
             "the model has no such tensor"
@@ -169,8 +219,7 @@ class WeightSource:
                     f"expected {shape}"
                 )
 
-    def _misfit_quantized(self, linear: str, n: int, k: int) -> Collection[str]:
-        entry = self._format(linear)
+    def _misfit_quantized(self, linear: str, entry: AwqFormat, n: int, k: int) -> Collection[str]:
         headers = self._headers(linear)
         missing = [suffix for suffix in entry.suffixes if suffix not in headers]
         if missing:
@@ -206,19 +255,6 @@ class WeightSource:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise CheckpointError(f"{self.component}: {listed}{more}")
 
-    def _format(self, linear: str) -> AwqFormat:
-        headers = self._headers(linear)
-        for entry in FORMATS.values():
-            if entry.matches(headers):
-                return entry
-        found = ", ".join(
-            f"{suffix} {header.dtype} {header.shape}" for suffix, header in headers.items()
-        )
-        raise CheckpointError(
-            f"{linear} in {self.where} is not of a known 4-bit format: it has "
-            f"{found or 'no such tensors'}; known: {', '.join(FORMATS)}"
-        )
-
     def _headers(self, linear: str) -> dict[str, TensorHeader]:
         prefix = f"{linear}."
         return {
@@ -231,3 +267,7 @@ class WeightSource:
         if name not in self._places:
             raise CheckpointError(f"{self.component}: {self._missing(name)}")
         return self._places[name]
+
+
+def _are(linears: Sequence[str]) -> str:
+    return "is" if len(linears) == 1 else "are"

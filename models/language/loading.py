@@ -122,7 +122,7 @@ def _place_linear(
     parts = list(_checkpoint_names(name))
     has_bias = decoder.get_submodule(name).bias is not None
     bias = torch.cat([source.get(f"{part}.bias") for part in parts]) if has_bias else None
-    if source.is_quantized(parts[0]):
+    if source.are_quantized(parts):
         try:
             weight = QuantizedWeight.cat([source.quantized(part) for part in parts])
         except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from models.awq.formats.awq_gemm import AwqGemm
 from models.awq.formats.base import AwqFormat, TensorHeader
 from models.awq.formats.compressed_tensors import CompressedTensors
@@ -23,4 +25,10 @@ QUANTIZED_SUFFIXES = frozenset(
 )
 """Every tensor name, after its layer's, that says the layer is quantised."""
 
-__all__ = ["FORMATS", "QUANTIZED_SUFFIXES", "AwqFormat", "TensorHeader"]
+
+def detect(headers: Mapping[str, TensorHeader]) -> str | None:
+    """The name of the format of a layer with these tensors; None if it is of none."""
+    return next((name for name in FORMATS if FORMATS[name].matches(headers)), None)
+
+
+__all__ = ["FORMATS", "QUANTIZED_SUFFIXES", "AwqFormat", "TensorHeader", "detect"]

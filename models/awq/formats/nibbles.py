@@ -16,13 +16,12 @@ PER_WORD = 8
 def pack_nibbles(values: Tensor) -> Tensor:
     """(..., 8 W) uint8 of 0..15 -> (..., W) int32, in sequence."""
     pairs = values.unflatten(-1, (-1, 2))
-    octets = (pairs[..., 0] | pairs[..., 1] << 4).contiguous()
-    return octets.view(torch.int32)
+    return _row_major(pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32)
 
 
 def unpack_nibbles(words: Tensor) -> Tensor:
     """(..., W) int32 -> (..., 8 W) uint8, in sequence."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = _row_major(words).view(torch.uint8)
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
 
 
@@ -34,3 +33,10 @@ def interleave(values: Tensor) -> Tensor:
 def deinterleave(values: Tensor) -> Tensor:
     """(..., 8 W): `interleave` undone."""
     return values.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
+
+
+def _row_major(values: Tensor) -> Tensor:
+    """With row-major strides also where a dimension of one makes others count as contiguous."""
+    if values.stride() == torch.empty(values.shape, device="meta").stride():
+        return values
+    return values.clone(memory_format=torch.contiguous_format)

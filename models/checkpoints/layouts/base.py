@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoints.locations import Location, find_awq_file
+from models.checkpoints.locations import Location, find_awq
 from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
 from models.checkpoints.tensor_files import TensorStore
 from models.checkpoints.weight_source import WeightSource
@@ -47,11 +47,10 @@ class Layout(ABC):
 
 
 def find_awq_store(request: Request, searched: Sequence[Path]) -> TensorStore | None:
-    """The AWQ file's tensors; None for 16-bit models, or where there is no such file."""
+    """The AWQ files' tensors; None for 16-bit models, or where there are no such files."""
     if request.precision == "W16A16":
         return None
-    file = find_awq_file(request.quant_path, request.location.root, searched)
-    return None if file is None else TensorStore.of(file.label, [file])
+    return find_awq(request.quant_path, request.location.root, searched)
 
 
 def check_precision(source: WeightSource, request: Request, searched: Sequence[str]) -> None:
