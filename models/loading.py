@@ -23,6 +23,7 @@ from models.engine.sizing import resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
+from models.language.vocabulary import check_vocabulary
 from models.prompts import Tokenizer, get_template, load_tokenizer
 from models.vision import ImagePreprocessor, load_vision
 
@@ -81,6 +82,7 @@ def load_engine(
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     backend = select_backend(target, kind)
     tokenizer = load_tokenizer(spec.tokenizer_path)
+    check_vocabulary(tokenizer, spec.language)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(
         checkpoint.language,

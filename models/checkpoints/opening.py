@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -10,6 +11,8 @@ from models.checkpoints.locations import locate
 from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
 from models.errors import CheckpointError, ConfigurationError
 from models.json_config import JsonConfig
+
+logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(
@@ -43,13 +46,21 @@ def open_checkpoint(
             raise ConfigurationError(f"{name} is {value!r}; it must be one of {choices}")
     location = locate(model_path)
     config = JsonConfig.read(location.root / "config.json", "config.json")
-    for layout in LAYOUTS.values():
+    for name in LAYOUTS:
+        layout = LAYOUTS[name]
         if layout.matches(location.root, config):
+            if "auto_map" in config:
+                logger.warning(
+                    "%s: config.json names code of its own (auto_map), which is never run; the "
+                    "checkpoint is served by this project's code for the layout %r",
+                    location.name, name,
+                )  # fmt: skip
             return layout.open(
                 Request(location, config, quant_path, precision, template, token_order)
             )
+    own_code = "the code that auto_map names is never run; " if "auto_map" in config else ""
     raise CheckpointError(
-        f"{location.name} is of no known layout ({', '.join(LAYOUTS)}): its config.json has "
-        "neither mm_vision_tower nor llm_cfg, so it is no LLaVA or VILA checkpoint, or a "
-        "conversion of one that is not supported"
+        f"{location.name} is of no known layout ({', '.join(LAYOUTS)}): {own_code}its config.json "
+        "has neither mm_vision_tower, nor llm_cfg, nor text_config and vision_config, so it is no "
+        "LLaVA or VILA checkpoint, or a conversion of one that is not supported"
     )

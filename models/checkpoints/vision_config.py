@@ -43,13 +43,20 @@ SELECT_FEATURES = ("patch", "cls_patch")
 
 
 def read_vision(
-    folder: Path, root: Path, *, model_config: JsonConfig, select_feature: str
+    folder: Path,
+    root: Path,
+    *,
+    model_config: JsonConfig,
+    select_feature: str,
+    processor: JsonConfig | None = None,
 ) -> VisionSpec:
     """
     Args:
         folder: the tower's.
         model_config: the whole model's config.json.
         select_feature: where that says nothing.
+        processor: the image processor's config, where it is not preprocessor_config.json in
+            `folder`.
 
     Raises:
         CheckpointError: a key is missing or wrong, or the tower is of an unknown kind.
@@ -77,13 +84,13 @@ def read_vision(
             "mm_vision_select_layer", f"the tower has {tower.num_hidden_layers} layers"
         )
     mode = MODES[model_config.get("image_aspect_ratio", str, "square")]
-    preprocessor = folder / "preprocessor_config.json"
-    preprocessing = _read_preprocessing(
-        JsonConfig.read(preprocessor, label_of(preprocessor, root)), family, mode
-    )
+    if processor is None:
+        path = folder / "preprocessor_config.json"
+        processor = JsonConfig.read(path, label_of(path, root))
+    preprocessing = _read_preprocessing(processor, family, mode)
     if preprocessing.crop_size != tower.image_size:
         raise CheckpointError(
-            f"{label_of(preprocessor, root)} makes pictures of {preprocessing.crop_size} pixels, "
+            f"{processor.label} makes pictures of {preprocessing.crop_size} pixels, "
             f"but the tower reads {tower.image_size} (image_size in {config.label})"
         )
     return VisionSpec(tower, layer, feature, preprocessing)

@@ -70,6 +70,7 @@ class RequestPreparer:
             prompt_spec=self.spec.prompt,
             tinychat_prompt_rewrite=self.tinychat_prompt_rewrite,
         )
+        self._check_vocabulary(tokens)
         self._check_length(len(tokens) + len(images) * (self.preprocessor.min_tokens - 1))
         token_ids, spans = self._lay_out(tokens, images)
         self._check_length(len(token_ids))
@@ -118,6 +119,16 @@ class RequestPreparer:
             return self.preprocessor(image)
         except Exception as error:  # PIL decodes only now, and raises nearly any type
             raise InvalidRequest("images", f"number {number} cannot be decoded") from error
+
+    def _check_vocabulary(self, tokens: list[int]) -> None:
+        """A tokenizer may have tokens for other media, which the model has no embeddings for."""
+        largest = max(tokens, default=0)
+        if largest >= self.spec.language.vocab_size:
+            raise InvalidRequest(
+                "prompt",
+                f"holds the token {self.tokenizer.decode([largest], skip_special_tokens=False)!r}, "
+                "which this model cannot read",
+            )
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens == 0:

@@ -1,1 +1,1 @@
-"""The decoder: the Llama family of language models over a paged KV cache."""
+"""The decoder: Llama, Mistral and Qwen2 language models over a paged KV cache."""

@@ -1,4 +1,4 @@
-"""The Llama family's decoder, on packed tokens of many sequences at once.
+"""The decoder of Llama and its relatives, on packed tokens of many sequences at once.
 
 Linear layers are found by their fused names (`qkv_proj`, `gate_up_proj`); the loader puts a plain
 or a 4-bit linear there (`models/language/loading.py`).
@@ -6,14 +6,13 @@ or a 4-bit linear there (`models/language/loading.py`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from models.language.attention import AttentionBatch, attend
+from models.language.families import attention_bias
 from models.language.kv_cache import KVCache, head_dim
 from models.language.rope import RotaryEmbedding, rotate
 
@@ -130,18 +129,3 @@ class Decoder(nn.Module):
         """(rows, hidden) -> (rows, vocabulary), float32."""
         out: Tensor = self.lm_head(hidden)
         return out.float()
-
-
-class AttentionBias(NamedTuple):
-    """Which attention projections carry a bias; families differ."""
-
-    qkv: bool
-    output: bool
-
-
-def attention_bias(config: PreTrainedConfig) -> AttentionBias:
-    """Qwen2 has biases on q, k, v by definition; Llama where its config says so."""
-    if config.model_type == "qwen2":
-        return AttentionBias(qkv=True, output=False)
-    both = bool(getattr(config, "attention_bias", False))
-    return AttentionBias(qkv=both, output=both)

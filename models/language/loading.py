@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig
 from models.awq import QuantizedWeight, W4A16Linear
 from models.checkpoints import WeightSource
 from models.errors import CheckpointError
-from models.language.decoder import Decoder, attention_bias
+from models.language.decoder import Decoder
+from models.language.families import attention_bias
 from models.language.kv_cache import head_dim
 from models.language.rope import RotaryEmbedding
 

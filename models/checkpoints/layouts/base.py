@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,10 @@ class Request:
     precision: Precision
     template: str | None
     token_order: TokenOrder | None
+
+
+IMAGE_NEWLINE = "image_newline"
+"""The projector's tensor that "spatial_unpad" puts behind each row of a picture."""
 
 
 class Layout(ABC):
@@ -71,4 +76,43 @@ def check_precision(source: WeightSource, request: Request, searched: Sequence[s
             f"precision is {request.precision}, but there are no 16-bit weights of the language "
             f"model in {source.where}; add them, or set precision: W4A16 if the checkpoint is "
             "an AWQ one"
+        )
+
+
+def names_in(store: TensorStore) -> list[str]:
+    """Of all tensors that are there, and of those that only an index promises."""
+    return [*store.files, *(name for name in store.absent if name not in store.files)]
+
+
+def select_first(
+    stores: Iterable[TensorStore | None], component: str, *patterns: re.Pattern[str]
+) -> WeightSource:
+    """A component's tensors, from the first store that has any of them.
+
+    Args:
+        patterns: of whole names in a store; their group `own` is the component's own name.
+    """
+    found = WeightSource(component, {}, "the checkpoint")
+    for store in stores:
+        if store is None:
+            continue
+        names = names_in(store)
+        own_names = {
+            name: match["own"]
+            for pattern in patterns
+            for name in names
+            if (match := pattern.fullmatch(name))
+        }
+        found = WeightSource.select(component, store, own_names)
+        if found.names():
+            return found
+    return found
+
+
+def check_image_newline(projector: WeightSource, stored_name: str) -> None:
+    """`WeightSource.check` would report it under the projector's prefix, which it does not have."""
+    if projector.names() and IMAGE_NEWLINE not in projector.names():
+        raise CheckpointError(
+            f"projector: {stored_name} is missing from {projector.where}, though the tiles of a "
+            "picture are to be joined with it (spatial_unpad)"
         )

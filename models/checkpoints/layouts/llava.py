@@ -5,16 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast, get_args
 
 from models.checkpoints.language_config import context_length, read_language_config
 from models.checkpoints.layouts.base import (
     Layout,
     Request,
+    check_image_newline,
     check_precision,
     find_awq_store,
+    names_in,
+    select_first,
 )
 from models.checkpoints.locations import locate
-from models.checkpoints.spec import Checkpoint, ModelSpec, ProjectorSpec, PromptSpec
+from models.checkpoints.spec import (
+    Checkpoint,
+    ModelSpec,
+    PatchMerge,
+    ProjectorSpec,
+    PromptSpec,
+)
 from models.checkpoints.template_choice import choose_template
 from models.checkpoints.tensor_files import (
     TensorStore,
@@ -27,6 +37,7 @@ from models.checkpoints.weight_source import WeightSource
 from models.json_config import JsonConfig
 
 PROJECTOR = re.compile(r"model\.mm_projector\.(?P<own>.+)")
+NEWLINE = re.compile(r"model\.(?P<own>image_newline)")
 TOWER = re.compile(r"model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(?P<own>.+)")
 TOWER_FOLDER = re.compile(
     r"(?:vision_model\.)?(?P<own>(?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\..+)"
@@ -50,6 +61,7 @@ class LlavaLayout(Layout):
         tower_folder = self._tower_folder(root, config)
         language_config = read_language_config(config)
         vision = read_vision(tower_folder, root, model_config=config, select_feature="patch")
+        merge = _merge(config, vision.preprocessing.mode)
         spec = ModelSpec(
             name=request.location.name,
             root=root,
@@ -62,6 +74,7 @@ class LlavaLayout(Layout):
                 in_features=vision.config.hidden_size,
                 out_features=language_config.hidden_size,
                 token_order=request.token_order or "row",
+                merge=merge,
             ),
             prompt=PromptSpec(
                 template=request.template
@@ -75,7 +88,7 @@ class LlavaLayout(Layout):
         return Checkpoint(
             spec,
             language,
-            _projector([awq, own, *_stray_projector(root)]),
+            _projector([awq, own, *_stray_projector(root)], merge),
             _tower([awq, own], tower_folder, root),
         )
 
@@ -88,46 +101,40 @@ class LlavaLayout(Layout):
         return locate(name, f"mm_vision_tower in {config.label}").root
 
 
+def _merge(config: JsonConfig, mode: str) -> PatchMerge:
+    """How tiles are joined; LLaVA's default is "flat". Only "anyres" makes any."""
+    if mode != "anyres":
+        return "flat"
+    merge = config.get("mm_patch_merge_type", str, "flat")
+    if merge not in get_args(PatchMerge):
+        raise config.problem("mm_patch_merge_type", f"known: {', '.join(get_args(PatchMerge))}")
+    return cast(PatchMerge, merge)
+
+
 def _language(store: TensorStore) -> WeightSource:
+    others = (PROJECTOR, NEWLINE, TOWER)
     names = {
         name: name
-        for name in _names(store)
-        if not PROJECTOR.fullmatch(name) and not TOWER.fullmatch(name)
+        for name in names_in(store)
+        if not any(pattern.fullmatch(name) for pattern in others)
     }
     return WeightSource.select("language model", store, names)
 
 
-def _projector(stores: Iterable[TensorStore | None]) -> WeightSource:
-    """From the first that has any of it."""
-    source = _first(stores, "projector", PROJECTOR)
+def _projector(stores: Iterable[TensorStore | None], merge: PatchMerge) -> WeightSource:
+    unpads = merge == "spatial_unpad"
+    source = select_first(stores, "projector", PROJECTOR, *([NEWLINE] if unpads else []))
+    if unpads:
+        check_image_newline(source, "model.image_newline")
     # The only projector with a single layer has no index in its names.
     return source.renamed({"weight": "0.weight", "bias": "0.bias"})
 
 
 def _tower(stores: Iterable[TensorStore | None], folder: Path, root: Path) -> WeightSource:
-    source = _first(stores, "vision tower", TOWER)
+    source = select_first(stores, "vision tower", TOWER)
     if source.names():
         return source
-    return _first([open_folder(folder, root)], "vision tower", TOWER_FOLDER)
-
-
-def _first(
-    stores: Iterable[TensorStore | None], component: str, pattern: re.Pattern[str]
-) -> WeightSource:
-    found = WeightSource(component, {}, "the checkpoint")
-    for store in stores:
-        if store is None:
-            continue
-        matches = {name: pattern.fullmatch(name) for name in _names(store)}
-        own_names = {name: match["own"] for name, match in matches.items() if match}
-        found = WeightSource.select(component, store, own_names)
-        if found.names():
-            return found
-    return found
-
-
-def _names(store: TensorStore) -> Iterable[str]:
-    return [*store.files, *(name for name in store.absent if name not in store.files)]
+    return select_first([open_folder(folder, root)], "vision tower", TOWER_FOLDER)
 
 
 def _stray_projector(root: Path) -> Iterable[TensorStore]:

@@ -15,18 +15,17 @@ from models.checkpoints.layouts.base import (
     Request,
     check_precision,
     find_awq_store,
+    select_first,
 )
 from models.checkpoints.spec import (
     Checkpoint,
     ModelSpec,
     ProjectorSpec,
     PromptSpec,
-    TokenOrder,
 )
 from models.checkpoints.template_choice import choose_template
-from models.checkpoints.tensor_files import TensorStore, label_of, open_folder
+from models.checkpoints.tensor_files import label_of, open_folder
 from models.checkpoints.vision_config import read_vision
-from models.checkpoints.weight_source import WeightSource
 from models.json_config import JsonConfig
 
 LLM = re.compile(r"(?:llm\.)?(?P<own>.+)")
@@ -39,8 +38,13 @@ NVILA_KEYS = (
     "video_max_tiles",
     "num_time_tokens",
     "dynamic_s2",
+    "image_encoder",
 )
 """Keys that VILA's code writes since NVILA's release, and did not before."""
+NVILA_PROJECTORS = ("mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix")
+NVILA_IMAGE_SUFFIX = "\n"
+"""NVILA's encoder ends each picture with the embedding of a newline."""
+TILING = ("dynamic", "dynamic_s2")
 
 
 class VilaLayout(Layout):
@@ -56,8 +60,9 @@ class VilaLayout(Layout):
             root / "vision_tower",
             root / "mm_projector",
         )
+        _refuse_tiling(config)
         awq = find_awq_store(request, [llm, root])
-        language = _component("language model", awq or open_folder(llm, root), LLM)
+        language = select_first([awq or open_folder(llm, root)], "language model", LLM)
         check_precision(language, request, [label_of(llm, root), root.name])
 
         label = label_of(llm / "config.json", root)
@@ -65,7 +70,10 @@ class VilaLayout(Layout):
         language_config = read_language_config(llm_config)
         vision = read_vision(tower, root, model_config=config, select_feature="cls_patch")
         label = label_of(projector / "config.json", root)
-        projector_config = JsonConfig.read(projector / "config.json", label)
+        projector_kind = JsonConfig.read(projector / "config.json", label).require(
+            "mm_projector_type", str
+        )
+        nvila = is_nvila(config, projector_kind)
         spec = ModelSpec(
             name=request.location.name,
             root=root,
@@ -74,16 +82,20 @@ class VilaLayout(Layout):
             language=language_config,
             vision=vision,
             projector=ProjectorSpec(
-                kind=projector_config.require("mm_projector_type", str),
+                kind=projector_kind,
                 in_features=vision.config.hidden_size,
                 out_features=language_config.hidden_size,
-                token_order=request.token_order or token_order(config),
+                # VILA-1.5's code lacked the last permutation of its downsampling block, and its
+                # checkpoints were trained so: column by column. NVILA's go row by row.
+                token_order=request.token_order or ("row" if nvila else "column"),
             ),
             prompt=PromptSpec(
                 template=request.template
                 or choose_template(request.location.name, language_config),
                 use_im_start_end=config.get("mm_use_im_start_end", bool, False),
                 use_im_patch_token=config.get("mm_use_im_patch_token", bool, False),
+                tokenization="whole" if nvila else "pieces",
+                image_suffix=NVILA_IMAGE_SUFFIX if nvila else "",
             ),
             tokenizer_path=llm,
             context_length=context_length(llm_config, language_config),
@@ -91,25 +103,21 @@ class VilaLayout(Layout):
         return Checkpoint(
             spec,
             language,
-            _component("projector", open_folder(projector, root), PROJECTOR),
-            _component("vision tower", open_folder(tower, root), TOWER),
+            select_first([open_folder(projector, root)], "projector", PROJECTOR),
+            select_first([open_folder(tower, root)], "vision tower", TOWER),
         )
 
 
-def token_order(config: JsonConfig) -> TokenOrder:
-    """By the checkpoint's era. VILA-1.5's code lacked the last permutation of its downsampling
-    block, and its checkpoints were trained so: column by column. NVILA's go row by row.
-    """
-    dynamic = config.get("image_aspect_ratio", str, "").startswith("dynamic")
-    return "row" if dynamic or any(key in config for key in NVILA_KEYS) else "column"
+def is_nvila(config: JsonConfig, projector_kind: str) -> bool:
+    """Whether a checkpoint is of NVILA's era, which tokenises and downsamples in another way."""
+    return projector_kind in NVILA_PROJECTORS or any(key in config for key in NVILA_KEYS)
 
 
-def _component(component: str, store: TensorStore, pattern: re.Pattern[str]) -> WeightSource:
-    own_names = {}
-    for name in [
-        *store.files,
-        *(name for name in store.absent if name not in store.files),
-    ]:
-        match = pattern.fullmatch(name)
-        own_names[name] = match["own"] if match else name
-    return WeightSource.select(component, store, own_names)
+def _refuse_tiling(config: JsonConfig) -> None:
+    mode = config.get("image_aspect_ratio", str, "")
+    if mode in TILING:
+        raise config.problem(
+            "image_aspect_ratio",
+            "NVILA's tiling is not supported yet; checkpoints whose pictures are one tile "
+            '("resize", "pad") are',
+        )

@@ -1,4 +1,4 @@
-"""The decoder computes what transformers' LlamaForCausalLM computes, however it is batched."""
+"""The decoder computes what transformers' models of each family compute, however it is batched."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from models.awq import QuantizedWeight
+from models.awq.quantize import quantize_rtn
 from models.language.attention import AttentionBatch, Span
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape
@@ -20,11 +31,21 @@ CPU = torch.device("cpu")
 BLOCK = 8
 
 
-class MemorySource:
-    """Tensors of a 16-bit checkpoint, without files."""
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+
+class MemorySource:
+    """A checkpoint's tensors, without files."""
+
+    def __init__(
+        self, tensors: dict[str, Tensor], layers: dict[str, QuantizedWeight] | None = None
+    ) -> None:
         self.tensors = tensors
+        self.layers = layers or {}
 
     def names(self) -> set[str]:
         return set(self.tensors)
@@ -33,11 +54,17 @@ class MemorySource:
         return self.tensors[name]
 
     def is_quantized(self, linear: str) -> bool:
-        return False
+        return linear in self.layers
 
-    def check(self, expected: dict[str, tuple[int, ...]], quantized: object) -> None:
+    def quantized(self, linear: str) -> QuantizedWeight:
+        return self.layers[linear]
+
+    def check(
+        self, expected: dict[str, tuple[int, ...]], quantized: dict[str, tuple[int, int]]
+    ) -> None:
         found = {name: tuple(t.shape) for name, t in self.tensors.items()}
         assert found == expected, set(found.items()) ^ set(expected.items())
+        assert {name: tuple(layer.q.shape) for name, layer in self.layers.items()} == quantized
 
 
 ROPES = {
@@ -55,22 +82,35 @@ ROPES = {
 }  # fmt: skip
 
 
-def pair(rope: str = "default", **overrides: Any) -> tuple[LlamaForCausalLM, Decoder]:
+def pair(
+    rope: str = "default", family: str = "llama", *, quantized: bool = False, **overrides: Any
+) -> tuple[PreTrainedModel, Decoder]:
+    """transformers' model with random weights, and ours with the same."""
     torch.manual_seed(1)
     options: dict[str, Any] = {
         "vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "tie_word_embeddings": False, "rope_parameters": ROPES[rope],
+        "tie_word_embeddings": False, "rope_parameters": dict(ROPES[rope]),
     }  # fmt: skip
-    config = LlamaConfig(**{**options, **overrides})
-    reference = LlamaForCausalLM(config).eval()
+    config_class, model_class = FAMILIES[family]
+    config = config_class(**{**options, **overrides})
+    reference = model_class(config).eval()
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    layers = {}
+    if quantized:
+        for name, module in reference.named_modules():
+            if isinstance(module, torch.nn.Linear) and ".layers." in name:
+                layers[name] = quantize_rtn(module.weight.detach(), group_size=32)
+                module.weight.data = layers[name].dequantize(torch.float32)
     tensors = dict(reference.state_dict())
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    source = MemorySource(
+        {k: v for k, v in tensors.items() if k.removesuffix(".weight") not in layers}, layers
+    )
     decoder = load_decoder(
-        MemorySource(tensors),  # type: ignore[arg-type]
+        source,  # type: ignore[arg-type]
         config, max_positions=128, device=CPU, dtype=torch.float32, backend="reference",
     )  # fmt: skip
     return reference, decoder
@@ -86,6 +126,16 @@ def compute(
     with torch.inference_mode():
         layout = AttentionBatch.build(spans, cache.shape, CPU)
         return decoder.logits(decoder(decoder.embed(ids), cache, layout))
+
+
+def check_logits(reference: PreTrainedModel, decoder: Decoder) -> None:
+    tokens = torch.randint(0, 120, (50,)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    cache = KVCache(KVCacheShape.of(reference.config, BLOCK, torch.float32), 8, CPU)
+    got = compute(decoder, cache, [(tokens, 0, 50, [5, 1, 7, 0, 3, 2, 6])])
+    assert (got - expected).abs().max() < 1e-4
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -104,14 +154,47 @@ def compute(
     ],
 )
 def test_logits_equal_transformers(rope: str, overrides: dict[str, object]) -> None:
-    reference, decoder = pair(rope, **overrides)
-    tokens = torch.randint(0, 120, (50,)).tolist()
-    with torch.inference_mode():
-        expected = reference(torch.tensor([tokens])).logits[0]
-    cache = KVCache(KVCacheShape.of(reference.config, BLOCK, torch.float32), 8, CPU)
-    got = compute(decoder, cache, [(tokens, 0, 50, [5, 1, 7, 0, 3, 2, 6])])
-    assert (got - expected).abs().max() < 1e-4
-    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    check_logits(*pair(rope, **overrides))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("mistral", {}),
+        ("mistral", {"num_key_value_heads": 4, "head_dim": 32}),
+        ("mistral", {"sliding_window": 50}),  # which the 50 tokens just fill
+        ("qwen2", {}),
+        ("qwen2", {"num_key_value_heads": 4}),
+        ("qwen2", {"tie_word_embeddings": True}),
+    ],
+)
+def test_each_familys_logits_equal_transformers(
+    family: str, overrides: dict[str, object], quantized: bool
+) -> None:
+    """GQA, and biases beside 4-bit weights, included."""
+    reference, decoder = pair(family=family, quantized=quantized, **overrides)
+    linears = {type(layer.self_attn.qkv_proj).__name__ for layer in decoder.model.layers}
+    assert linears == {"W4A16Linear" if quantized else "Linear"}
+    check_logits(reference, decoder)
+
+
+def test_a_family_without_biases_refuses_them_and_one_with_asks_for_them() -> None:
+    """Qwen2's on q, k and v have no key in its config; Mistral has none whatever its config says."""
+    qwen, _ = pair(family="qwen2")
+    biases = {name for name in qwen.state_dict() if name.endswith("bias")}
+    assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj"}
+    for family, tensors in (
+        ("qwen2", {name: t for name, t in qwen.state_dict().items() if name not in biases}),
+        ("mistral", qwen.state_dict()),
+    ):
+        config = pair(family=family)[0].config
+        with pytest.raises(AssertionError, match=r"self_attn\.q_proj\.bias"):
+            load_decoder(
+                MemorySource(tensors),  # type: ignore[arg-type]
+                config, max_positions=128, device=CPU, dtype=torch.float32, backend="reference",
+            )  # fmt: skip
 
 
 def test_any_chunking_in_any_company_gives_the_same_logits() -> None:
