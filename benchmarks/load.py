@@ -9,7 +9,7 @@ from random import Random
 from statistics import median
 
 from models.demo.sampling import random_scene
-from models.prompts.templates import get_template
+from models.prompts import Message, get_template
 
 TEXTS = (
     "What is in this image?",
@@ -37,7 +37,7 @@ def make_questions(first: int, count: int, *, same_picture: bool = False) -> lis
     template = get_template("vicuna_v1")
     return [
         Question(
-            template.render(f"<image>\n{TEXTS[number % len(TEXTS)]}"),
+            template.render([Message("user", f"<image>\n{TEXTS[number % len(TEXTS)]}")]),
             _picture(0 if same_picture else number),
         )
         for number in range(first, first + count)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import requests
 
-from models.prompts.templates import TEMPLATES, get_template
+from models.prompts import Message, get_template, written_templates
 
 IMAGE_PLACEHOLDER = "<image>"
 TIMEOUT_S = (5, 60)
@@ -36,6 +36,7 @@ def ask(
     temperature: float = 0.2,
     top_p: float = 1.0,
     max_new_tokens: int = 512,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """Yields the answer's pieces as they come.
 
@@ -44,6 +45,7 @@ def ask(
         prompt: with one `<image>` for each picture.
         images: the pictures' files as they are.
         model: its name; only a controller in between needs it.
+        stop: the answer ends before any of these; a worker knows only its model's tokens.
 
     Raises:
         WorkerError: the worker cannot be reached, or says what is wrong.
@@ -55,6 +57,7 @@ def ask(
         "temperature": temperature,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
+        "stop": list(stop),
     }
     shown = len(prompt)
     try:
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
     parser.add_argument(
         "--template",
-        choices=list(TEMPLATES),
+        choices=written_templates(),
         default="vicuna_v1",
         help="the conversation format that the model was trained with; default: %(default)s",
     )
@@ -101,14 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     question = options.question
     if IMAGE_PLACEHOLDER not in question:
         question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    template = get_template(options.template)
     try:
         for piece in ask(
             options.url,
-            get_template(options.template).render(question),
+            template.render([Message("user", question)]),
             [picture],
             model=options.model,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
+            stop=template.stop_strings,
         ):
             print(piece, end="", flush=True)
     except WorkerError as error:

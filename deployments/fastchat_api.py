@@ -7,7 +7,7 @@ records here too, with status 200: its clients look at `error_code`.
 from __future__ import annotations
 
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -20,13 +20,13 @@ from models.errors import InvalidRequest
 
 
 class SeparatorStyle(IntEnum):
-    """FastChat's numbers (`fastchat.conversation.SeparatorStyle`)."""
+    """FastChat's numbers (`fastchat.conversation.SeparatorStyle`), of which those behind LLAMA2
+    are other ones in every release."""
 
     ADD_COLON_SINGLE = 1
     ADD_COLON_TWO = 2
     NO_COLON_SINGLE = 4
     LLAMA2 = 7
-    CHATML = 9
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,30 @@ class Format:
     stop_str: str | None = None
 
 
+_VICUNA = Format(SeparatorStyle.ADD_COLON_TWO, ("USER", "ASSISTANT"), " ", "</s>")
+_LLAMA_2 = Format(
+    SeparatorStyle.LLAMA2, ("[INST]", "[/INST]"), " ", " </s><s>",
+    "[INST] <<SYS>>\n{system_message}\n<</SYS>>\n\n",
+)  # fmt: skip
+_CHATML = Format(
+    SeparatorStyle.NO_COLON_SINGLE, ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    "<|im_end|>", system_template="<|im_start|>system\n{system_message}<|im_end|>",
+)  # fmt: skip
+_QWEN = replace(
+    _CHATML, sep="<|im_end|>\n",
+    system_template="<|im_start|>system\n{system_message}<|im_end|>\n",
+)  # fmt: skip
+
 FORMATS: dict[str, Format] = {
-    "vicuna_v1": Format(SeparatorStyle.ADD_COLON_TWO, ("USER", "ASSISTANT"), " ", "</s>"),
-    "llava_v1": Format(SeparatorStyle.ADD_COLON_TWO, ("USER", "ASSISTANT"), " ", "</s>"),
+    "vicuna_v1": _VICUNA,
+    "llava_v1": _VICUNA,
     "llava_v0": Format(
         SeparatorStyle.ADD_COLON_SINGLE, ("Human", "Assistant"), "###", stop_str="###"
     ),
-    "llava_llama_2": Format(
-        SeparatorStyle.LLAMA2, ("[INST]", "[/INST]"), " ", " </s><s>",
-        "[INST] <<SYS>>\n{system_message}\n<</SYS>>\n\n",
-    ),
-    "chatml_direct": Format(
-        SeparatorStyle.CHATML, ("<|im_start|>user", "<|im_start|>assistant"), "<|im_end|>",
-        system_template="<|im_start|>system\n{system_message}",
-    ),
+    "llava_llama_2": _LLAMA_2,
+    "mistral_instruct": replace(_LLAMA_2, sep2=" </s>"),
+    "chatml_direct": _CHATML,
+    "hermes-2": _CHATML,
     "llama_3": Format(
         SeparatorStyle.NO_COLON_SINGLE,
         ("<|start_header_id|>user<|end_header_id|>\n\n",
@@ -63,12 +73,25 @@ FORMATS: dict[str, Format] = {
         system_template="<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
         "{system_message}<|eot_id|>",
     ),
+    "qwen": _QWEN,
+    "nvila": _QWEN,
+    "plain": Format(SeparatorStyle.NO_COLON_SINGLE, ("", ""), "\n", stop_str="\n"),
 }  # fmt: skip
 """By the names in `models.prompts`."""
 
 
 def conversation(template: str, system: str, stop_token_ids: list[int]) -> dict[str, Any]:
-    """The fields of FastChat's `Conversation`, for an empty one."""
+    """The fields of FastChat's `Conversation`, for an empty one.
+
+    Raises:
+        InvalidRequest: FastChat has no way to write this template.
+    """
+    if template not in FORMATS:
+        raise InvalidRequest(
+            "conv",
+            f"the model's conversation template is {template!r}, a program that FastChat cannot "
+            f"run; the worker's conv_mode can be one of: {', '.join(FORMATS)}",
+        )
     known = FORMATS[template]
     return {
         "name": template,
@@ -119,7 +142,10 @@ def fastchat_routes(worker: ModelWorker) -> APIRouter:
         """The model's conversation template."""
         template = worker.template
         stop_ids = list(worker.engine.stop_token_ids)
-        return {"conv": conversation(template.name, template.system, stop_ids)}
+        try:
+            return {"conv": conversation(template.name, template.system, stop_ids)}
+        except InvalidRequest as error:
+            return error_record(error)
 
     @router.post("/model_details")
     async def model_details() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from deployments.records import error_record, frame, text_record
 from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest
 from models import GenerationDelta, Usage
 from models.errors import EngineFault
-from models.prompts.templates import Template, get_template
+from models.prompts.templates import Template
 
 if TYPE_CHECKING:
     from models import Engine
@@ -148,7 +148,7 @@ class ModelWorker:
     @property
     def template(self) -> Template:
         """The conversation template that the model was trained with."""
-        return get_template(self.engine.spec.prompt.template)
+        return self.engine.template
 
     def load(self) -> ApplicationLoad:
         """The application's: this replica's, as long as it knows of no others."""

@@ -24,7 +24,7 @@ from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
 from models.language.vocabulary import check_vocabulary
-from models.prompts import Tokenizer, get_template, load_tokenizer
+from models.prompts import load_template, load_tokenizer, stop_token_ids
 from models.vision import ImagePreprocessor, load_vision
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,9 @@ def load_engine(
     spec = checkpoint.spec
     context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     backend = select_backend(target, kind)
-    tokenizer = load_tokenizer(spec.tokenizer_path)
+    tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
     check_vocabulary(tokenizer, spec.language)
+    conversation_template = load_template(spec.prompt.template, spec.tokenizer_path, tokenizer)
     vision = load_vision(checkpoint, target, kind)
     decoder = load_decoder(
         checkpoint.language,
@@ -103,7 +104,7 @@ def load_engine(
     core = EngineCore(
         runner,
         tokenizer,
-        _stop_tokens(spec.prompt.template, tokenizer),
+        stop_token_ids(conversation_template, tokenizer),
         max_model_len=sizes.max_model_len,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -132,7 +133,9 @@ def load_engine(
     }
     if target.type == "cpu":
         keep_freed_memory()  # after the weights, whose loading leaves gaps behind
-    return Engine(core, preparer, num_threads=threads, description=description)
+    return Engine(
+        core, preparer, conversation_template, num_threads=threads, description=description
+    )
 
 
 def _device(device: str) -> torch.device:
@@ -167,9 +170,3 @@ def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dt
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _stop_tokens(template: str, tokenizer: Tokenizer) -> set[int]:
-    """The tokenizer's end of sequence, and what the conversation template ends turns with."""
-    named = (tokenizer.token_to_id(token) for token in get_template(template).stop_token_strs)
-    return {*tokenizer.eos_token_ids, *(token for token in named if token is not None)}

@@ -32,6 +32,7 @@ from models.engine.messages import Abort, EngineStats, GenerationDelta, Generati
 from models.engine.preparation import RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
+from models.prompts import Template
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,15 @@ class Engine:
         self,
         core: EngineCore,
         preparer: RequestPreparer,
+        template: Template,
         *,
         num_threads: int,
         description: dict[str, str],
     ) -> None:
         self._core = core
         self._preparer = preparer
+        self.template = template
+        """The model's conversation template. Prompts come finished; their senders may use it."""
         self._num_threads = num_threads
         self._description = description
         self._pool = ThreadPoolExecutor(

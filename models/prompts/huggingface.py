@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from models.errors import CheckpointError
 from models.prompts.tokenizer import Tokenizer
@@ -18,8 +23,17 @@ class HuggingFaceTokenizer(Tokenizer):
     """A thin shell around transformers' class."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int] = (),
+        placeholder: str | None = None,
     ) -> None:
+        """
+        Args:
+            eos_token_ids: besides the tokenizer's own.
+            placeholder: is made an added token, where it is none, with an id beyond the
+                vocabulary.
+        """
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self._ids: dict[str, int] = tokenizer.get_vocab()
@@ -27,14 +41,26 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_token_id = tokenizer.bos_token_id
         own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_token_ids = tuple(dict.fromkeys([*own_eos, *eos_token_ids]))
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        if placeholder is not None and placeholder not in added:
+            # As VILA does. Its id stands for a picture's place and never reaches the model.
+            tokenizer.add_tokens([AddedToken(placeholder, special=True, normalized=False)])
+            self._ids = tokenizer.get_vocab()
+            added.add(placeholder)
+        self.added_tokens = frozenset(added)
 
     @classmethod
     def load(
-        cls, folder: Path, tokenizer_class: str, eos_token_ids: Sequence[int] = ()
+        cls,
+        folder: Path,
+        tokenizer_class: str,
+        eos_token_ids: Sequence[int] = (),
+        placeholder: str | None = None,
     ) -> HuggingFaceTokenizer:
         """
         Args:
             tokenizer_class: as tokenizer_config.json names it, or "".
+            eos_token_ids, placeholder: see the constructor.
 
         Raises:
             CheckpointError: transformers finds no tokenizer there. Code in the folder never runs.
@@ -48,7 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{folder.name} holds no tokenizer that can be read (tokenizer.model, "
                 f"tokenizer.json, or vocabulary and merges): {type(error).__name__}"
             ) from error
-        return cls(tokenizer, eos_token_ids)
+        return cls(tokenizer, eos_token_ids, placeholder)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text)

@@ -7,8 +7,9 @@ A text is cut at added tokens ("</s>"), and the rest is encoded piece by piece. 
 behaviours, and `legacy` in tokenizer_config.json says with which a model was trained:
 
     legacy      every piece gets SentencePiece's dummy prefix (a leading space), so that
-                "Hi</s>there" has one before "there" too
-    not legacy  only the text as a whole gets it
+                "Hi</s>there" has one before "there" too; none where the model itself was trained
+                without (Yi)
+    not legacy  only the text as a whole gets it, unless add_prefix_space is false
 
 Source: transformers 4.31 to 4.57, models/llama/tokenization_llama.py (behaviour, not code).
 """
@@ -16,7 +17,8 @@ Source: transformers 4.31 to 4.57, models/llama/tokenization_llama.py (behaviour
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,15 +39,36 @@ GUARD = "<unk>"
 at the very beginning."""
 
 
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens beside the model's own pieces, as a checkpoint's files list them.
+
+    Attributes:
+        ids: by name.
+        special: those that are left out of decoded text.
+        eats_left, eats_right: those that swallow the space before or behind them.
+    """
+
+    ids: dict[str, int]
+    special: frozenset[str] = frozenset()
+    eats_left: frozenset[str] = frozenset()
+    eats_right: frozenset[str] = frozenset()
+
+
 class SentencePieceTokenizer(Tokenizer):
     def __init__(
         self,
         model: bytes,
         *,
         added: Mapping[str, int] | None = None,
-        special: Sequence[str] = (),
+        special: Collection[str] = (),
+        eats_left: Collection[str] = (),
+        eats_right: Collection[str] = (),
         legacy: bool = True,
+        add_prefix_space: bool = True,
         add_bos: bool = True,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         """
@@ -54,13 +77,17 @@ class SentencePieceTokenizer(Tokenizer):
             added: tokens beside the model's own pieces, and their ids.
             special: those of `added` that are left out of decoded text; the model's control and
                 unknown pieces always are.
-            legacy: see above.
-            add_bos: texts begin with `<s>`.
-            eos_token_ids: besides the model's own.
+            eats_left, eats_right: those of `added` that swallow the space before or behind them.
+            legacy, add_prefix_space: see above.
+            add_bos: texts begin with `bos_token`.
+            bos_token, eos_token: by name, where they are not the model's own.
+            eos_token_ids: further ones.
         """
         self._model = SentencePieceProcessor(model_proto=model)
         self._plain = SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         self._legacy = legacy
+        self._add_prefix_space = add_prefix_space
+        self._eats_left, self._eats_right = frozenset(eats_left), frozenset(eats_right)
         self._add_bos = add_bos
         self._guard_length = len(self._plain.encode(GUARD))
         pieces = self._model.get_piece_size()
@@ -73,10 +100,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._text_of_added = {i: token for token, i in self._added.items()}
         self._skipped = {*control.values(), *(self._added[t] for t in special if t in self._added)}
         self._num_pieces = pieces
+        self.added_tokens = frozenset(self._added)
         self.vocab_size = max([pieces - 1, *self._added.values()]) + 1
-        self.bos_token_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
-        own_eos = [self._model.eos_id()] if self._model.eos_id() >= 0 else []
-        self.eos_token_ids = tuple(dict.fromkeys([*own_eos, *eos_token_ids]))
+        self.bos_token_id = self._by_name_or(bos_token, self._model.bos_id())
+        eos = [self._by_name_or(eos_token, self._model.eos_id()), *eos_token_ids]
+        self.eos_token_ids = tuple(dict.fromkeys(i for i in eos if i is not None))
         # Longest first: "<im_start>" must not be found as a shorter token inside it.
         names = sorted(self._added, key=len, reverse=True)
         self._at_added = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -93,14 +121,19 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             CheckpointError: a file cannot be read, or names ids that cannot be.
         """
-        added, special = _added_tokens(folder, config)
+        added = _added_tokens(folder, config)
         try:
             return cls(
                 (folder / SENTENCEPIECE_FILE).read_bytes(),
-                added=added,
-                special=special,
+                added=added.ids,
+                special=added.special,
+                eats_left=added.eats_left,
+                eats_right=added.eats_right,
                 legacy=config.get("legacy", bool, True),
+                add_prefix_space=config.get("add_prefix_space", bool, True),
                 add_bos=config.get("add_bos_token", bool, True),
+                bos_token=_named(config, "bos_token"),
+                eos_token=_named(config, "eos_token"),
                 eos_token_ids=eos_token_ids,
             )
         except (OSError, RuntimeError) as error:
@@ -121,8 +154,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_current(self, text: str) -> list[int]:
         if not text:
             return []
-        pieces = self._split(SPACE + text.replace(SPACE, " "))
-        if pieces[0] == SPACE and len(pieces) > 1:
+        prefix = SPACE if self._add_prefix_space else ""
+        pieces = self._split(prefix + text.replace(SPACE, " "))
+        if prefix and pieces[0] == SPACE and len(pieces) > 1:
             pieces = pieces[1:]  # a text that begins with an added token has no dummy prefix
         ids: list[int] = []
         for piece in pieces:
@@ -135,7 +169,13 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _split(self, text: str) -> list[str]:
-        return [piece for piece in self._at_added.split(text) if piece]
+        pieces = self._at_added.split(text)  # texts at even places, added tokens at odd ones
+        for at in range(1, len(pieces), 2):
+            if pieces[at] in self._eats_left:
+                pieces[at - 1] = pieces[at - 1].rstrip()
+            if pieces[at] in self._eats_right:
+                pieces[at + 1] = pieces[at + 1].lstrip()
+        return [piece for piece in pieces if piece]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         kept = [i for i in ids if not (skip_special_tokens and i in self._skipped)]
@@ -156,27 +196,44 @@ class SentencePieceTokenizer(Tokenizer):
         piece = int(self._model.piece_to_id(token))
         return None if piece == self._model.unk_id() else piece
 
+    def _by_name_or(self, token: str | None, own: int) -> int | None:
+        named = None if token is None else self.token_to_id(token)
+        return named if named is not None else own if own >= 0 else None
 
-def _added_tokens(folder: Path, config: JsonConfig) -> tuple[dict[str, int], list[str]]:
-    """(ids by token, the special ones), from either of the two files that may name them."""
-    added: dict[str, int] = {}
-    special: list[str] = []
+
+def _added_tokens(folder: Path, config: JsonConfig) -> AddedTokens:
+    """From either of the two files that may name them."""
+    ids: dict[str, int] = {}
+    special: set[str] = set()
+    eats_left: set[str] = set()
+    eats_right: set[str] = set()
     path = folder / "added_tokens.json"
     if path.is_file():
         listed = JsonConfig.read(path, path.name)
-        added |= {token: listed.require(token, int) for token in listed.values}
-        for token, token_id in added.items():
+        ids |= {token: listed.require(token, int) for token in listed.values}
+        for token, token_id in ids.items():
             if not token or token_id < 0:
                 raise listed.problem(token, "an added token has a name, and an id from 0 up")
-        special += added
+        special |= set(ids)
     for number, entry in config.get("added_tokens_decoder", dict, {}).items():
         token, token_id = _decoder_entry(config, number, entry)
-        added[token] = token_id
-        if entry.get("special", False):
-            special.append(token)
-        elif token in special:
-            special.remove(token)
-    return added, special
+        ids[token] = token_id
+        special.discard(token)
+        for trait, names in (
+            ("special", special), ("lstrip", eats_left), ("rstrip", eats_right),
+        ):  # fmt: skip
+            if entry.get(trait, False):
+                names.add(token)
+    return AddedTokens(ids, frozenset(special), frozenset(eats_left), frozenset(eats_right))
+
+
+def _named(config: JsonConfig, key: str) -> str | None:
+    """A special token's text; it stands there as a text, or as an object with all its traits."""
+    value = config.values.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise config.problem(key, "it must be a token's text, or an object with its content")
+    return text
 
 
 def _decoder_entry(config: JsonConfig, number: Any, entry: Any) -> tuple[str, int]:

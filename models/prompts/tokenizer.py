@@ -5,10 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.errors import CheckpointError
 from models.json_config import JsonConfig
 
+if TYPE_CHECKING:
+    from models.checkpoints.spec import Tokenization
+
+IMAGE_PLACEHOLDER = "<image>"
 SENTENCEPIECE_FILE = "tokenizer.model"
 SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "LlamaTokenizerFast")
 """Classes whose `tokenizer.model` is a SentencePiece model with Llama's added-token rules."""
@@ -21,11 +26,13 @@ class Tokenizer(ABC):
         vocab_size: one more than the largest token id, added tokens included.
         bos_token_id: the token that `encode` puts first, where it puts one.
         eos_token_ids: any of these ends an answer.
+        added_tokens: names of the tokens that are found in a text before anything else.
     """
 
     vocab_size: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    added_tokens: frozenset[str]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -42,9 +49,15 @@ class Tokenizer(ABC):
         """The id of a token by its exact name."""
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The model's own: SentencePiece where there is a `tokenizer.model`, since LLaVA's models were
-    trained with it and transformers' fast conversion gives other ids; AutoTokenizer otherwise.
+def load_tokenizer(folder: Path, tokenization: Tokenization = "pieces") -> Tokenizer:
+    """The one that the model was trained with.
+
+    Args:
+        folder: the tokenizer's files.
+        tokenization: as in `PromptSpec`. With "pieces": SentencePiece where there is a
+            `tokenizer.model`, since LLaVA's models were trained with it and transformers' fast
+            conversion gives other ids; AutoTokenizer otherwise. With "whole": always
+            AutoTokenizer, in which `<image>` is then an added token.
 
     Raises:
         CheckpointError: the folder holds no tokenizer that can be read.
@@ -52,13 +65,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = _optional(folder / "tokenizer_config.json")
     eos = _generation_eos(folder)
     kind = config.get("tokenizer_class", str, "")
-    if (folder / SENTENCEPIECE_FILE).is_file() and kind in SENTENCEPIECE_CLASSES:
+    has_model = (folder / SENTENCEPIECE_FILE).is_file()
+    if tokenization == "pieces" and has_model and kind in SENTENCEPIECE_CLASSES:
         from models.prompts.sentencepiece_ import SentencePieceTokenizer
 
         return SentencePieceTokenizer.load(folder, config, eos)
     from models.prompts.huggingface import HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer.load(folder, kind, eos)
+    placeholder = IMAGE_PLACEHOLDER if tokenization == "whole" else None
+    return HuggingFaceTokenizer.load(folder, kind, eos, placeholder)
 
 
 def _optional(path: Path) -> JsonConfig:
