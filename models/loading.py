@@ -113,7 +113,9 @@ def load_engine(
     preparer = RequestPreparer(
         spec,
         tokenizer,
-        ImagePreprocessor(spec.vision.preprocessing, vision.num_tokens_per_tile),
+        ImagePreprocessor(
+            spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
+        ),
         sizes.max_model_len,
         tinychat_prompt_rewrite,
     )

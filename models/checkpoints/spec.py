@@ -73,6 +73,7 @@ class ProjectorSpec:
         merge: how the tiles of an "anyres" picture are joined: "flat" (one after the other),
             "spatial" (as one grid), "spatial_unpad" (the same, without the padding, and with the
             tensor `image_newline` behind each row).
+        bias: whether an "mlp" or "linear" has biases.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class ProjectorSpec:
     out_features: int
     token_order: TokenOrder = "row"
     merge: PatchMerge = "flat"
+    bias: bool = True
 
 
 @dataclass(frozen=True)

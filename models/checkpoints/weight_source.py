@@ -48,6 +48,7 @@ class WeightSource:
         where: str,
         absent: Mapping[str, str] | None = None,
         spellings: Mapping[str, str] | None = None,
+        stored_names: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -55,12 +56,14 @@ class WeightSource:
             where: the file or folder that a missing tensor should have been in.
             absent: the missing file, for tensors that an index places in it.
             spellings: the ends of names in the file, where they are not the own names.
+            stored_names: names in the file, of tensors there and of some that are not.
         """
         self.component = component
         self.where = where
         self._places = {name: place for name, place in places.items() if not name.endswith(DERIVED)}
         self._absent = absent or {}
         self._spellings = spellings or {}
+        self._stored_names = stored_names or {}
 
     @classmethod
     def select(
@@ -68,8 +71,8 @@ class WeightSource:
     ) -> WeightSource:
         """
         Args:
-            own_names: names in `store`, of tensors present or missed by its index -> the
-                component's own names.
+            own_names: names in `store`, of tensors that are there or should be -> the component's
+                own names.
         """
         places = {
             own: TensorPlace(store.files[stored], stored)
@@ -79,7 +82,8 @@ class WeightSource:
         absent = {
             own: store.absent[stored] for stored, own in own_names.items() if stored in store.absent
         }
-        return cls(component, places, store.where, absent)
+        stored_names = {own: stored for stored, own in own_names.items()}
+        return cls(component, places, store.where, absent, stored_names=stored_names)
 
     def renamed(self, new_names: Mapping[str, str]) -> WeightSource:
         """The same tensors; those that `new_names` knows under other names."""
@@ -90,7 +94,8 @@ class WeightSource:
             for old, new in new_names.items()
             if not new_names.keys().isdisjoint(self._places)
         }
-        return WeightSource(self.component, places, self.where, absent, spellings)
+        stored = {new_names.get(name, name): to for name, to in self._stored_names.items()}
+        return WeightSource(self.component, places, self.where, absent, spellings, stored)
 
     def names(self) -> AbstractSet[str]:
         return self._places.keys()
@@ -239,8 +244,8 @@ class WeightSource:
 
     def _stored(self, name: str) -> str:
         """The name in the file; of a missing tensor, what it should be, by its siblings'."""
-        if name in self._places:
-            return self._places[name].stored_name
+        if name in self._stored_names:
+            return self._stored_names[name]
         for own, place in self._places.items():
             ending = self._spellings.get(own, own)
             if place.stored_name.endswith(ending):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import nn
 
 from models.checkpoints.spec import Checkpoint
 from models.checkpoints.weight_source import WeightSource
 from models.vision.encoder import VisionEncoder
-from models.vision.projectors import PROJECTORS
-from models.vision.tower import VisionTower
+
+NEWLINE = "image_newline"
 
 
 def load_vision(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
@@ -21,24 +22,32 @@ def load_vision(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
             unknown.
     """
     spec = checkpoint.spec
-    build_projector = PROJECTORS[spec.projector.kind]
     with init_empty_weights():
-        tower = VisionTower(spec.vision)
-        projector = build_projector(spec.projector)
-    _fill(tower, checkpoint.vision, device, dtype, unused=tower.unused)
-    _fill(projector, checkpoint.projector, device, dtype)
-    encoder = VisionEncoder(tower, projector, spec.vision.preprocessing.crop_size)
+        encoder = VisionEncoder(spec.vision, spec.projector)
+    tower = {name: f"tower.{name}" for name, _ in encoder.tower.named_parameters()}
+    projector = {name: f"projector.{name}" for name, _ in encoder.projector.named_parameters()}
+    if encoder.image_newline is not None:
+        projector[NEWLINE] = NEWLINE
+    _fill(encoder, tower, checkpoint.vision, device, dtype, unused=encoder.tower.unused)
+    _fill(encoder, projector, checkpoint.projector, device, dtype)
     return encoder.to(device).eval().requires_grad_(False)
 
 
 def _fill(
-    module: nn.Module,
+    encoder: VisionEncoder,
+    names: Mapping[str, str],
     source: WeightSource,
     device: torch.device,
     dtype: torch.dtype,
-    unused: dict[str, tuple[int, ...]] | None = None,
+    unused: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-    source.check(shapes, unused=unused)
-    for name in shapes:
-        set_module_tensor_to_device(module, name, device, value=source.get(name), dtype=dtype)
+    """
+    Args:
+        names: the source's -> the encoder's.
+    """
+    source.check(
+        {own: tuple(encoder.get_parameter(name).shape) for own, name in names.items()},
+        unused=unused,
+    )
+    for own, name in names.items():
+        set_module_tensor_to_device(encoder, name, device, value=source.get(own), dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,6 +16,7 @@ from models.registry import Registry
 
 ProjectorFactory: TypeAlias = Callable[[ProjectorSpec], "Projector"]
 PROJECTORS: Registry[ProjectorFactory] = Registry("mm_projector_type")
+MLP = re.compile(r"mlp(?P<layers>[1-9][0-9]?)x_gelu")
 
 
 class Projector(nn.Sequential):
@@ -31,15 +33,36 @@ class Projector(nn.Sequential):
         return tower_tokens
 
 
+def build_projector(spec: ProjectorSpec) -> Projector:
+    """
+    Raises:
+        CheckpointError: the kind is unknown, or does not fit the widths.
+    """
+    return PROJECTORS["mlpNx_gelu" if MLP.fullmatch(spec.kind) else spec.kind](spec)
+
+
+def _identity(spec: ProjectorSpec) -> Projector:
+    if spec.in_features != spec.out_features:
+        raise CheckpointError(
+            f"mm_projector_type identity: the tower is {spec.in_features} wide and the language "
+            f"model {spec.out_features}; they must be equal"
+        )
+    return Projector()
+
+
 def _linear(spec: ProjectorSpec) -> Projector:
-    return Projector(nn.Linear(spec.in_features, spec.out_features))
+    return Projector(nn.Linear(spec.in_features, spec.out_features, bias=spec.bias))
 
 
-def _mlp(spec: ProjectorSpec, depth: int) -> Projector:
-    layers: list[nn.Module] = [nn.Linear(spec.in_features, spec.out_features)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(spec.out_features, spec.out_features)]
-    return Projector(*layers)
+def _mlp(spec: ProjectorSpec) -> Projector:
+    depth = MLP.fullmatch(spec.kind)
+    if depth is None:
+        raise CheckpointError(f"mm_projector_type {spec.kind}: N must be a number from 1 to 99")
+    projector = _linear(spec)
+    for _ in range(int(depth["layers"]) - 1):
+        projector.append(nn.GELU())
+        projector.append(nn.Linear(spec.out_features, spec.out_features, bias=spec.bias))
+    return projector
 
 
 class Downsample(nn.Module):
@@ -91,6 +114,23 @@ def _mlp_downsample(spec: ProjectorSpec) -> Projector:
     )
 
 
+def _mlp_downsample_3x3(spec: ProjectorSpec) -> Projector:
+    wide, narrow = 9 * spec.in_features, 3 * spec.in_features
+    return DownsamplingProjector(
+        Downsample(3, spec.token_order),
+        nn.LayerNorm(wide),
+        nn.Linear(wide, narrow),
+        nn.GELU(),
+        nn.LayerNorm(narrow),
+        nn.Linear(narrow, spec.out_features),
+        nn.GELU(),
+        nn.Linear(spec.out_features, spec.out_features),
+    )
+
+
+PROJECTORS.register("identity", _identity)
 PROJECTORS.register("linear", _linear)
-PROJECTORS.register("mlp2x_gelu", lambda spec: _mlp(spec, 2))
+PROJECTORS.register("mlpNx_gelu", _mlp)
 PROJECTORS.register("mlp_downsample", _mlp_downsample)
+PROJECTORS.register("mlp_downsample_2x2_fix", _mlp_downsample)
+PROJECTORS.register("mlp_downsample_3x3_fix", _mlp_downsample_3x3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 """More than eight bits a pixel, which PIL's own conversion clips instead of scaling."""
@@ -38,6 +38,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
+        image.load()  # a PNG's EXIF data may lie behind its pixels
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image  # the transposition of nothing would be a copy
         return ImageOps.exif_transpose(image)
     except (
         ValueError,

@@ -63,7 +63,9 @@ def check_equal(
 ) -> None:
     """Identical greedy tokens, and logits within 1e-4."""
     expected = [reference.answer(*question, length) for question in questions]
-    assert len({logits.numpy().tobytes() for _, logits in expected}) == len(questions), "they are told apart"
+    assert len({logits.numpy().tobytes() for _, logits in expected}) == len(questions), (
+        "they are told apart"
+    )
     got = answer(folder, questions, length, precision)
     for (tokens, logits), (right_tokens, right_logits) in zip(got, expected, strict=True):
         assert logits.shape == (length, VOCABULARY)

@@ -34,10 +34,6 @@ class Request:
     token_order: TokenOrder | None
 
 
-IMAGE_NEWLINE = "image_newline"
-"""The projector's tensor that "spatial_unpad" puts behind each row of a picture."""
-
-
 class Layout(ABC):
     @abstractmethod
     def matches(self, root: Path, config: JsonConfig) -> bool:
@@ -85,18 +81,23 @@ def names_in(store: TensorStore) -> list[str]:
 
 
 def select_first(
-    stores: Iterable[TensorStore | None], component: str, *patterns: re.Pattern[str]
+    stores: Iterable[TensorStore | None],
+    component: str,
+    *patterns: re.Pattern[str],
+    expected: Sequence[str] = (),
 ) -> WeightSource:
     """A component's tensors, from the first store that has any of them.
 
     Args:
         patterns: of whole names in a store; their group `own` is the component's own name.
+        expected: a name in the store, of a tensor whose name does not begin as its siblings' do;
+            should it be missing, messages name it so.
     """
     found = WeightSource(component, {}, "the checkpoint")
     for store in stores:
         if store is None:
             continue
-        names = names_in(store)
+        names = [*expected, *names_in(store)]
         own_names = {
             name: match["own"]
             for pattern in patterns
@@ -107,12 +108,3 @@ def select_first(
         if found.names():
             return found
     return found
-
-
-def check_image_newline(projector: WeightSource, stored_name: str) -> None:
-    """`WeightSource.check` would report it under the projector's prefix, which it does not have."""
-    if projector.names() and IMAGE_NEWLINE not in projector.names():
-        raise CheckpointError(
-            f"projector: {stored_name} is missing from {projector.where}, though the tiles of a "
-            "picture are to be joined with it (spatial_unpad)"
-        )

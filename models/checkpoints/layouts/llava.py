@@ -11,7 +11,6 @@ from models.checkpoints.language_config import context_length, read_language_con
 from models.checkpoints.layouts.base import (
     Layout,
     Request,
-    check_image_newline,
     check_precision,
     find_awq_store,
     names_in,
@@ -123,9 +122,9 @@ def _language(store: TensorStore) -> WeightSource:
 
 def _projector(stores: Iterable[TensorStore | None], merge: PatchMerge) -> WeightSource:
     unpads = merge == "spatial_unpad"
-    source = select_first(stores, "projector", PROJECTOR, *([NEWLINE] if unpads else []))
-    if unpads:
-        check_image_newline(source, "model.image_newline")
+    patterns = (PROJECTOR, NEWLINE) if unpads else (PROJECTOR,)
+    expected = ("model.image_newline",) if unpads else ()
+    source = select_first(stores, "projector", *patterns, expected=expected)
     # The only projector with a single layer has no index in its names.
     return source.renamed({"weight": "0.weight", "bias": "0.bias"})
 

@@ -44,7 +44,6 @@ NVILA_KEYS = (
 NVILA_PROJECTORS = ("mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix")
 NVILA_IMAGE_SUFFIX = "\n"
 """NVILA's encoder ends each picture with the embedding of a newline."""
-TILING = ("dynamic", "dynamic_s2")
 
 
 class VilaLayout(Layout):
@@ -60,7 +59,6 @@ class VilaLayout(Layout):
             root / "vision_tower",
             root / "mm_projector",
         )
-        _refuse_tiling(config)
         awq = find_awq_store(request, [llm, root])
         language = select_first([awq or open_folder(llm, root)], "language model", LLM)
         check_precision(language, request, [label_of(llm, root), root.name])
@@ -111,13 +109,3 @@ class VilaLayout(Layout):
 def is_nvila(config: JsonConfig, projector_kind: str) -> bool:
     """Whether a checkpoint is of NVILA's era, which tokenises and downsamples in another way."""
     return projector_kind in NVILA_PROJECTORS or any(key in config for key in NVILA_KEYS)
-
-
-def _refuse_tiling(config: JsonConfig) -> None:
-    mode = config.get("image_aspect_ratio", str, "")
-    if mode in TILING:
-        raise config.problem(
-            "image_aspect_ratio",
-            "NVILA's tiling is not supported yet; checkpoints whose pictures are one tile "
-            '("resize", "pad") are',
-        )

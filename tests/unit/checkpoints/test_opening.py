@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from transformers import LlamaConfig
 from models.checkpoints import locations, open_checkpoint
 from models.checkpoints.template_choice import choose_template
 from models.errors import CheckpointError, ConfigurationError
-from tests.synthetic import awq_file, rewrite_json, write_tiny_llava, write_tiny_vila
+from tests.parity.hf import text_configs, write_hf
+from tests.synthetic import (
+    awq_file,
+    rewrite_json,
+    rewrite_tensors,
+    write_tiny_llava,
+    write_tiny_vila,
+)
 
 
 @pytest.fixture
@@ -77,6 +86,78 @@ def test_vila_of_nvilas_era_goes_row_by_row(vila: Path, key: dict[str, object]) 
     assert open_checkpoint(vila).spec.projector.token_order == "row"
 
 
+@pytest.mark.parametrize("kind", ["mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"])
+def test_nvila_with_one_tile_for_each_picture(vila: Path, kind: str) -> None:
+    """Told by its projector, or by the keys of its time. Qwen2 lies in `llm/` as in VILA's."""
+    plain = open_checkpoint(vila).spec.prompt
+    assert (plain.tokenization, plain.image_suffix) == ("pieces", "")
+    rewrite_json(vila / "mm_projector/config.json", mm_projector_type=kind)
+    rewrite_json(vila / "llm/config.json", architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    for changes in ({}, {"min_tiles": 1}):
+        rewrite_json(vila / "config.json", **changes)
+        spec = open_checkpoint(vila).spec
+        assert (spec.projector.kind, spec.projector.token_order) == (kind, "row")
+        assert (spec.prompt.tokenization, spec.prompt.image_suffix) == ("whole", "\n")
+        assert spec.language.model_type == "qwen2"
+        assert spec.vision.preprocessing.mode == "resize"
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "dynamic_s2"])
+def test_nvilas_tiling_is_refused_with_what_is_supported(vila: Path, mode: str) -> None:
+    rewrite_json(vila / "config.json", image_aspect_ratio=mode, min_tiles=1)
+    with pytest.raises(
+        CheckpointError, match=rf"image_aspect_ratio is '{mode}'; .*not supported y"
+    ):
+        open_checkpoint(vila)
+
+
+def test_llava_of_the_time_before_projector_types(tmp_path: Path) -> None:
+    """LLaVA-v0 and v1: a linear projector that no key names, and pictures in a frame."""
+    folder = write_tiny_llava(tmp_path / "LLaVA-7B-v0", projector="linear")
+    rewrite_json(
+        folder / "config.json", mm_projector_type=None, image_aspect_ratio=None,
+        mm_use_im_start_end=True, mm_use_im_patch_token=None,
+        mm_vision_tower="openai/clip-vit-large-patch14",
+    )  # fmt: skip
+    tower = folder / "openai/clip-vit-large-patch14"
+    tower.parent.mkdir()
+    (folder / "clip-tiny").rename(tower)
+    checkpoint = open_checkpoint(folder)
+    spec = checkpoint.spec
+    assert (spec.projector.kind, spec.projector.merge) == ("linear", "flat")
+    assert spec.prompt.use_im_start_end and spec.prompt.template == "llava_v0"
+    assert spec.vision.preprocessing.mode == "default"
+    assert checkpoint.projector.names() == {"0.weight", "0.bias"}
+
+
+def test_vila_1_0_is_flat_and_its_4_bit_weights_may_lie_in_a_folder_of_their_own(
+    tmp_path: Path,
+) -> None:
+    folder = write_tiny_llava(tmp_path / "VILA-7b", image_aspect_ratio="resize")
+    quantised = folder / "VILA-7b-4bit-awq"
+    quantised.mkdir()
+    awq_file(folder).rename(quantised / "vila-7b-w4-g128-v2.pt")
+    for path in ("VILA-7b-4bit-awq", "VILA-7b-4bit-awq/vila-7b-w4-g128-v2.pt"):
+        checkpoint = open_checkpoint(folder, path)
+        assert checkpoint.language.where == "VILA-7b-4bit-awq/vila-7b-w4-g128-v2.pt"
+        assert (checkpoint.spec.layout, checkpoint.spec.prompt.template) == ("llava", "vicuna_v1")
+        assert checkpoint.spec.vision.preprocessing.mode == "resize"
+
+
+def test_the_newline_of_tiles_is_passed_over_where_there_are_none(tmp_path: Path) -> None:
+    """A model trained on tiles may be served without them, by its image_aspect_ratio."""
+    folder = write_tiny_llava(tmp_path / "llava-v1.6-tiny")
+    rewrite_json(folder / "config.json", mm_patch_merge_type="spatial_unpad")
+    rewrite_tensors(
+        folder / "model.safetensors",
+        lambda tensors: tensors.update({"model.image_newline": torch.zeros(256)}),
+    )
+    checkpoint = open_checkpoint(folder, precision="W16A16")
+    assert checkpoint.spec.projector.merge == "flat"
+    for source in (checkpoint.projector, checkpoint.language):
+        assert not any("image_newline" in name for name in source.names())
+
+
 def test_the_order_of_tokens_can_be_overridden(vila: Path) -> None:
     assert open_checkpoint(vila, token_order="row").spec.projector.token_order == "row"
     rewrite_json(vila / "config.json", min_tiles=1)
@@ -87,7 +168,9 @@ def test_the_order_of_tokens_can_be_overridden(vila: Path) -> None:
 
 def test_a_folder_of_no_known_layout_says_what_is_missing(llava: Path) -> None:
     rewrite_json(llava / "config.json", mm_vision_tower=None)
-    with pytest.raises(CheckpointError, match=r"no known layout \(vila, llava\).*mm_vision_tower"):
+    with pytest.raises(
+        CheckpointError, match=r"no known layout \(vila, llava, hf\).*mm_vision_tower"
+    ):
         open_checkpoint(llava)
 
 
@@ -119,6 +202,97 @@ def test_a_vocabulary_of_llama_3_speaks_for_its_template() -> None:
 
 def test_the_template_can_be_overridden(llava: Path) -> None:
     assert open_checkpoint(llava, template="llava_v0").spec.prompt.template == "llava_v0"
+
+
+# ---- transformers' layout -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As transformers saves it."""
+    folder = tmp_path_factory.mktemp("hf") / "llava-1.5-7b-hf"
+    write_hf(folder, text_configs()["llama"])
+    return folder
+
+
+@pytest.fixture
+def hf(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / saved.name)
+
+
+def test_one_config_with_sub_configs_is_transformers(hf: Path) -> None:
+    spec = open_checkpoint(hf, precision="W16A16").spec
+    assert (spec.layout, spec.name) == ("hf", "llava-1.5-7b-hf")
+    assert (spec.language.model_type, spec.language.vocab_size) == ("llama", 320)
+    assert spec.vision.config.model_type == "clip_vision_model"
+    assert (spec.vision.select_layer, spec.vision.select_feature) == (-2, "patch")
+    assert (spec.vision.preprocessing.mode, spec.vision.preprocessing.resize) == (
+        "default", "shortest_edge",
+    )  # fmt: skip
+    assert (spec.projector.kind, spec.projector.merge) == ("mlp2x_gelu", "flat")
+    assert spec.prompt.tokenization == "whole" and not spec.prompt.use_im_start_end
+    assert (spec.tokenizer_path, spec.context_length) == (hf, 1024)
+
+
+def test_the_numbers_that_released_files_leave_out_are_their_familys(hf: Path) -> None:
+    """llava-hf/llava-1.5-7b-hf's and llava-v1.6-mistral-7b-hf's text_config, as they were saved."""
+    rewrite_json(hf / "config.json", text_config={
+        "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16", "vocab_size": 32064,
+    })  # fmt: skip
+    language = open_checkpoint(hf, precision="W16A16").spec.language
+    assert (language.hidden_size, language.intermediate_size) == (4096, 11008)
+    assert (language.num_hidden_layers, language.num_key_value_heads) == (32, 32)
+    assert (language.vocab_size, language.rms_norm_eps) == (32064, 1e-5)
+    rewrite_json(hf / "config.json", text_config={
+        "architectures": ["MistralForCausalLM"], "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+        "vocab_size": 32064,
+    })  # fmt: skip
+    spec = open_checkpoint(hf, precision="W16A16").spec
+    assert (spec.language.hidden_size, spec.language.num_key_value_heads) == (4096, 8)
+    assert spec.context_length == 32768
+
+
+def test_an_older_processors_file_is_read_where_there_is_no_newer_one(hf: Path) -> None:
+    nested = json.loads((hf / "processor_config.json").read_text())["image_processor"]
+    expected = open_checkpoint(hf, precision="W16A16").spec.vision.preprocessing
+    (hf / "preprocessor_config.json").write_text(json.dumps({**nested, "resample": 2}))
+    assert open_checkpoint(hf, precision="W16A16").spec.vision.preprocessing == expected
+    rewrite_json(hf / "processor_config.json", image_processor=None)
+    assert open_checkpoint(hf, precision="W16A16").spec.vision.preprocessing.resample == 2
+    (hf / "processor_config.json").unlink()
+    assert open_checkpoint(hf, precision="W16A16").spec.vision.preprocessing.resample == 2
+    (hf / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"^preprocessor_config\.json cannot be read"):
+        open_checkpoint(hf, precision="W16A16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "paligemma"},
+         "unknown model_type of transformers' layout 'paligemma'; known: llava, llava_next"),
+        ({"projector_hidden_act": "silu"}, "projector_hidden_act is 'silu'; only gelu is"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer is [-2, -5]; joining the features of"),
+        ({"vision_feature_select_strategy": "none"},
+         "unknown vision_feature_select_strategy 'none'; known: default, full"),
+        ({"text_config": {"model_type": "gemma"}}, "language model family 'gemma'; known: llama"),
+        ({"text_config": {"vocab_size": "many"}},
+         "config.json (text_config): vocab_size is 'many'; it must be of type int"),
+        ({"vision_config": {"model_type": "pixtral"}}, "unknown vision tower 'pixtral'; known"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_transformers_layout_may_say_and_we_cannot_serve(
+    hf: Path, changes: dict[str, object], message: str
+) -> None:
+    rewrite_json(hf / "config.json", **changes)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(hf, precision="W16A16")
+    assert message in str(caught.value)
 
 
 # ---- the tower's folder ---------------------------------------------------------------------
@@ -156,8 +330,6 @@ def test_a_tower_inside_the_checkpoint_goes_before_its_folder(tmp_path: Path) ->
 
 
 def test_the_text_half_of_a_whole_clip_is_passed_over(tmp_path: Path) -> None:
-    from tests.synthetic import rewrite_tensors
-
     folder = write_tiny_llava(tmp_path / "llava-tiny", tower_inside=False)
     rewrite_tensors(
         folder / "clip-tiny/model.safetensors",

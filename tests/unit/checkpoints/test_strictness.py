@@ -13,6 +13,7 @@ from models.checkpoints.spec import Precision
 from models.errors import CheckpointError
 from models.language.loading import load_decoder
 from models.vision import load_vision
+from tests.parity.hf import respell, text_configs, write_hf
 from tests.synthetic import (
     Tensors,
     awq_file,
@@ -58,6 +59,17 @@ CASES = [
     Case("llava", "W4A16", "*.pt", "model.layers.1.self_attn.o_proj.scaled_zeros"),
     Case("llava", "W4A16", "*.pt", "model.layers.1.input_layernorm.weight"),
     Case("llava", "W4A16", "*.pt", "model.embed_tokens.weight"),
+    Case("hf old", "W16A16", "model.safetensors",
+         "language_model.model.layers.1.mlp.up_proj.weight"),
+    Case("hf old", "W16A16", "model.safetensors", "language_model.lm_head.weight"),
+    Case("hf old", "W16A16", "model.safetensors",
+         "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"),
+    Case("hf old", "W16A16", "model.safetensors", "multi_modal_projector.linear_2.bias"),
+    Case("hf new", "W16A16", "model.safetensors",
+         "model.language_model.layers.0.self_attn.q_proj.bias"),
+    Case("hf new", "W16A16", "model.safetensors", "model.language_model.norm.weight"),
+    Case("hf new", "W16A16", "model.safetensors", "lm_head.weight"),
+    Case("hf new", "W16A16", "model.safetensors", "model.multi_modal_projector.linear_1.weight"),
     Case("vila", "W16A16", "llm/model.safetensors", "model.norm.weight"),
     Case("vila", "W16A16", "mm_projector/model.safetensors", "layers.4.weight"),
     Case("vila", "W16A16", "vision_tower/model.safetensors",
@@ -74,6 +86,9 @@ def write(case: Case, parent: Path) -> tuple[Path, Path, str]:
     folder = parent / "tiny"
     if case.layout == "llava":
         write_tiny_llava(folder, hidden=128, intermediate=128)
+    elif case.layout.startswith("hf"):
+        write_hf(folder, text_configs()["qwen2"])
+        respell(folder, "old" if case.layout == "hf old" else "new")
     else:
         write_tiny_vila(folder, hidden=128, intermediate=128)
     path = awq_file(folder) if case.file == "*.pt" else folder / case.file
@@ -185,6 +200,30 @@ def test_buffers_that_follow_from_the_config_are_passed_over(tmp_path: Path) -> 
         f"{TOWER}embeddings.position_ids": torch.arange(17)[None],
     }))  # fmt: skip
     load(folder, "W16A16")
+
+
+@pytest.mark.parametrize("layout", ["llava", "vila", "hf"])
+def test_a_file_that_was_cut_short_is_named(layout: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    if layout == "hf":
+        write_hf(folder, text_configs()["llama"])
+    else:
+        (write_tiny_llava if layout == "llava" else write_tiny_vila)(folder)
+    (path,) = folder.glob("**/llm/*.safetensors" if layout == "vila" else "*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    label = str(path.relative_to(folder))
+    with pytest.raises(CheckpointError, match=f"^{label} is not a readable safetensors file"):
+        load(folder, "W16A16")
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "scales", "scaled_zeros"])
+def test_a_layer_in_4_bits_that_lost_a_tensor_names_it(suffix: str, tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "tiny")
+    name = f"model.layers.1.mlp.down_proj.{suffix}"
+    rewrite_tensors(awq_file(folder), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=rf"{name} is missing from \S+\.pt"):
+        load(folder, "W4A16")
 
 
 def test_damaged_zero_points_name_the_layer_and_the_file(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ class MemorySource:
     def is_quantized(self, linear: str) -> bool:
         return linear in self.layers
 
+    def are_quantized(self, linears: list[str]) -> bool:
+        return all(linear in self.layers for linear in linears)
+
     def quantized(self, linear: str) -> QuantizedWeight:
         return self.layers[linear]
 
@@ -181,7 +184,7 @@ def test_each_familys_logits_equal_transformers(
 
 
 def test_a_family_without_biases_refuses_them_and_one_with_asks_for_them() -> None:
-    """Qwen2's on q, k and v have no key in its config; Mistral has none whatever its config says."""
+    """Qwen2's on q, k and v have no key in its config; Mistral's config has no key for any."""
     qwen, _ = pair(family="qwen2")
     biases = {name for name in qwen.state_dict() if name.endswith("bias")}
     assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj"}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from models.checkpoints import PreprocessingSpec, ProjectorSpec, VisionSpec, open_checkpoint
-from models.errors import CheckpointError
-from models.vision import ImagePreprocessor, VisionEncoder, load_vision
-from models.vision.projectors import PROJECTORS, Downsample
+from models.checkpoints import PreprocessingSpec, VisionSpec, open_checkpoint
+from models.vision import ImagePreprocessor, PreparedImage, VisionEncoder, load_vision
 from models.vision.tower import VisionTower
 from tests.synthetic import (
-    TOWER_HIDDEN,
     clip_config,
     read_tensors,
     rewrite_json,
     siglip_config,
-    vila_projector,
     write_tiny_llava,
     write_tiny_vila,
 )  # fmt: skip
@@ -36,9 +31,13 @@ NO_PREPROCESSING = PreprocessingSpec("default", "square", 32, 32, (0.5,) * 3, (0
 # ---- towers ---------------------------------------------------------------------------------
 
 
-def tower_pair(kind: str, layer: int, feature: str) -> tuple[nn.Module, VisionTower]:
+def tower_pair(
+    kind: str, layer: int, feature: str, **changes: int
+) -> tuple[nn.Module, VisionTower]:
     torch.manual_seed(0)
     config: Any = clip_config() if kind == "clip" else siglip_config()
+    for key, value in changes.items():
+        setattr(config, key, value)
     whole: nn.Module = (CLIPVisionModel if kind == "clip" else SiglipVisionModel)(config).eval()
     tower = VisionTower(VisionSpec(config, layer, feature, NO_PREPROCESSING)).eval()
     values = {
@@ -68,6 +67,23 @@ def test_a_tower_is_the_selected_hidden_state_of_transformers(
     assert got.shape[1] == tower.num_tokens
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "tokens"),
+    [("clip", 224, 256), ("clip", 336, 576), ("siglip", 384, 729), ("siglip", 448, 1024)],
+)
+def test_towers_at_the_released_resolutions(kind: str, size: int, tokens: int) -> None:
+    whole, tower = tower_pair(kind, -2, "patch", image_size=size, patch_size=14)
+    assert tower.num_tokens == tokens
+    assert tower.get_parameter("embeddings.position_embedding.weight").shape[0] == (
+        tokens + (kind == "clip")
+    )
+    pixels = torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        expected = whole(pixels, output_hidden_states=True).hidden_states[-2]
+        got = tower(pixels)
+    assert torch.allclose(got, expected[:, -tokens:], atol=1e-5)
+
+
 def test_layers_behind_the_selected_one_are_not_built() -> None:
     _, tower = tower_pair("siglip", -2, "cls_patch")
     built = {name.split(".")[2] for name, _ in tower.encoder.named_parameters(prefix="encoder")}
@@ -77,109 +93,12 @@ def test_layers_behind_the_selected_one_are_not_built() -> None:
     assert "post_layernorm.weight" in tower.unused
 
 
-# ---- projectors -----------------------------------------------------------------------------
-
-
-def downsampled(x: Tensor, k: int, order: str) -> Tensor:
-    """VILA's downsampling block, cell by cell: (tokens, C) -> (cells, k * k * C)."""
-    side, channels = math.isqrt(x.shape[0]), x.shape[1]
-    cells = -(-side // k)
-
-    def patch(row: int, column: int) -> Tensor:
-        if row >= side or column >= side:
-            return torch.zeros(channels)
-        return x[row * side + column]
-
-    def cell(a: int, b: int) -> Tensor:
-        return torch.cat([patch(a * k + i, b * k + j) for i in range(k) for j in range(k)])
-
-    if order == "row":
-        return torch.stack([cell(a, b) for a in range(cells) for b in range(cells)])
-    return torch.stack([cell(a, b) for b in range(cells) for a in range(cells)])
-
-
-@pytest.mark.parametrize("side", [1, 2, 3, 7, 8])
-@pytest.mark.parametrize("factor", [2, 3])
-@pytest.mark.parametrize("order", ["row", "column"])
-def test_downsampling_joins_neighbours_in_its_order(
-    side: int, factor: int, order: Literal["row", "column"]
-) -> None:
-    x = torch.randn(2, side * side, 5)
-    got = Downsample(factor, order)(x)
-    assert torch.equal(got, torch.stack([downsampled(tile, factor, order) for tile in x]))
-
-
-def test_the_two_orders_differ() -> None:
-    x = torch.randn(1, 49, 5)
-    row, column = Downsample(2, "row")(x), Downsample(2, "column")(x)
-    assert not torch.equal(row, column)
-    assert torch.equal(row[0].view(4, 4, -1).transpose(0, 1), column[0].view(4, 4, -1))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact one; the tanh approximation is off by up to 5e-4."""
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def random_projector(kind: str, order: Literal["row", "column"] = "row") -> nn.Module:
-    torch.manual_seed(0)
-    projector = PROJECTORS[kind](ProjectorSpec(kind, TOWER_HIDDEN, 24, order))
-    for parameter in projector.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return projector.eval()
-
-
-@torch.inference_mode()
-def test_projectors_are_their_formulas() -> None:
-    x = torch.randn(2, 16, TOWER_HIDDEN)
-    p = dict(random_projector("linear").named_parameters())
-    assert set(p) == {"0.weight", "0.bias"}
-    assert torch.allclose(
-        random_projector("linear")(x), x @ p["0.weight"].T + p["0.bias"], atol=1e-4
-    )
-    p = dict(random_projector("mlp2x_gelu").named_parameters())
-    assert set(p) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    hidden = gelu(x @ p["0.weight"].T + p["0.bias"])
-    expected = hidden @ p["2.weight"].T + p["2.bias"]
-    assert torch.allclose(random_projector("mlp2x_gelu")(x), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("order", ["row", "column"])
-@pytest.mark.parametrize("side", [6, 7])
-@torch.inference_mode()
-def test_mlp_downsample_is_its_formula(order: Literal["row", "column"], side: int) -> None:
-    x = torch.randn(2, side * side, TOWER_HIDDEN)
-    projector = random_projector("mlp_downsample", order)
-    p = dict(projector.named_parameters())
-    assert set(p) == {f"{i}.{part}" for i in (1, 2, 4) for part in ("weight", "bias")}
-    wide = torch.stack([downsampled(tile, 2, order) for tile in x])
-    centred = wide - wide.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    normed = normed * p["1.weight"] + p["1.bias"]
-    expected = gelu(normed @ p["2.weight"].T + p["2.bias"]) @ p["4.weight"].T + p["4.bias"]
-    assert torch.allclose(projector(x), expected, atol=1e-3)
-
-
-def test_the_numbers_of_tokens_of_released_models() -> None:
-    """reference/checkpoints.md: CLIP 336 -> 576; SigLIP 384 and 448 with DS2 -> 196 and 256."""
-    linear = PROJECTORS["linear"](ProjectorSpec("linear", 8, 8))
-    down = PROJECTORS["mlp_downsample"](ProjectorSpec("mlp_downsample", 8, 8))
-    assert linear.num_tokens(576) == 576
-    assert down.num_tokens(27 * 27) == 196
-    assert down.num_tokens(32 * 32) == 256
-    with pytest.raises(CheckpointError, match="square grid of tokens, and the tower has 577"):
-        down.num_tokens(577)
-
-
 # ---- both, loaded ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """What the encoder needs of a prepared picture."""
-
-    pixel_values: Tensor
-    num_tokens: int
+def tiles(pixel_values: Tensor) -> PreparedImage:
+    """A prepared picture of so many tiles, 16 tokens each."""
+    return PreparedImage(pixel_values, 16 * len(pixel_values), b"")
 
 
 def load(folder: Path) -> VisionEncoder:
@@ -190,16 +109,20 @@ def test_every_picture_gets_its_own_embeddings_back(tmp_path: Path) -> None:
     encoder = load(write_tiny_llava(tmp_path / "tiny"))
     pixels = torch.randn(40, 3, 32, 32)
     counts = [1, 3, 16, 2, 17, 1]  # one of them more tiles than go through the tower at once
-    pictures: list[Tiles] = []
+    pictures: list[PreparedImage] = []
     for count in counts:
         start = sum(len(p.pixel_values) for p in pictures)
-        pictures.append(Tiles(pixels[start : start + count], 16 * count))
-    got = encoder(pictures)  # type: ignore[arg-type]
+        pictures.append(tiles(pixels[start : start + count]))
+    got = encoder(pictures)
     assert [len(x) for x in got] == [16 * count for count in counts]
     for picture, embeddings in zip(pictures, got, strict=True):
-        (alone,) = encoder([picture])  # type: ignore[list-item]
+        (alone,) = encoder([picture])
         assert torch.allclose(alone, embeddings, atol=1e-5)
     assert encoder([]) == []
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
@@ -222,7 +145,7 @@ def test_llavas_encoder_is_transformers_tower_and_the_formula(
         expected = hidden @ p["weight"].T + p["bias"]
     else:
         expected = gelu(hidden @ p["0.weight"].T + p["0.bias"]) @ p["2.weight"].T + p["2.bias"]
-    got = load(folder)([Tiles(pixels[:1], 16), Tiles(pixels[1:], 16)])  # type: ignore[list-item]
+    got = load(folder)([tiles(pixels[:1]), tiles(pixels[1:])])
     assert torch.allclose(torch.stack(got), expected, atol=1e-4)
 
 
@@ -237,10 +160,10 @@ def reference_tower(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 def test_the_order_of_tokens_follows_the_checkpoints_era(tmp_path: Path) -> None:
     folder = write_tiny_vila(tmp_path / "tiny", awq=False)
-    picture = Tiles(torch.randn(1, 3, 28, 28), 16)
-    (column,) = load(folder)([picture])  # type: ignore[list-item]
+    picture = tiles(torch.randn(1, 3, 28, 28))
+    (column,) = load(folder)([picture])
     rewrite_json(folder / "config.json", min_tiles=1)
-    (row,) = load(folder)([picture])  # type: ignore[list-item]
+    (row,) = load(folder)([picture])
     assert torch.allclose(row.view(4, 4, -1).transpose(0, 1), column.view(4, 4, -1), atol=1e-5)
     assert not torch.allclose(row, column, atol=1e-2)
 
@@ -256,12 +179,4 @@ def test_preprocessing_and_tower_fit_together(tmp_path: Path) -> None:
         (embeddings,) = encoder([prepared])
         assert embeddings.shape == (prepared.num_tokens, 256) == (16, 256)
         assert embeddings.dtype == torch.bfloat16 and embeddings.isfinite().all()
-        encoder.profile(num_tiles=3)
-
-
-def test_projectors_of_released_shapes_are_known_by_their_tensors() -> None:
-    generator = torch.Generator().manual_seed(0)
-    names = {name.removeprefix("layers.") for name in vila_projector(24, generator, torch.float16)}
-    spec = ProjectorSpec("mlp_downsample", TOWER_HIDDEN, 24)
-    assert {name for name, _ in PROJECTORS["mlp_downsample"](spec).named_parameters()} == names
-    assert PROJECTORS["mlp_downsample"](replace(spec, token_order="column"))[0].order == "column"
+        encoder.profile(num_images=3)

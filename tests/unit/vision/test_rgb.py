@@ -175,3 +175,13 @@ MAKERS: dict[str, Callable[[int, int], Image.Image]] = {
 def test_every_mode_and_size_becomes_rgb(mode: str, width: int, height: int) -> None:
     rgb = to_rgb(MAKERS[mode](width, height))
     assert (rgb.mode, rgb.size) == ("RGB", (width, height))
+
+
+def test_a_picture_that_is_as_it_should_be_is_not_copied() -> None:
+    """A copy would double the memory of the largest ones."""
+    image = halves("RGB", RED, BLUE)
+    assert to_rgb(image) is image
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    upright = saved(image, "PNG", exif=exif)
+    assert to_rgb(upright) is upright
