@@ -101,7 +101,7 @@ def _gpu_budget(
     layout = AttentionBatch.build(spans, shape, device)
     embeddings = decoder.embed(torch.zeros(num_tokens, dtype=torch.long, device=device))
     decoder.logits(decoder(embeddings, scratch, layout)[-1:])
-    vision.profile(num_images=max(1, num_tokens // vision.num_tokens_per_tile))
+    vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
     activations = torch.cuda.max_memory_allocated(device) - before
     del scratch, embeddings, layout
     torch.cuda.empty_cache()
