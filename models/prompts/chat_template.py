@@ -278,17 +278,17 @@ class _PlainNamespace(Namespace):
         self, *rest = args
         values = dict(*rest, **kwargs)
         for name in values:
-            _PlainNamespace._check(name)
+            _check_name(name)
         Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _check_name(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check(name: object) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"a chat template cannot name an attribute {name!r}")
+
+def _check_name(name: object) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"a chat template cannot name an attribute {name!r}")
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -80,8 +80,9 @@ class SentencePieceTokenizer(Tokenizer):
             eats_left, eats_right: those of `added` that swallow the space before or behind them.
             legacy, add_prefix_space: see above.
             add_bos: texts begin with `bos_token`.
-            bos_token, eos_token: by name, where they are not the model's own.
-            eos_token_ids: further ones.
+            bos_token: by name, where it is not the model's own.
+            eos_token: by name, and
+            eos_token_ids: further ends, besides the model's own.
         """
         self._model = SentencePieceProcessor(model_proto=model)
         self._plain = SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
@@ -102,9 +103,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._num_pieces = pieces
         self.added_tokens = frozenset(self._added)
         self.vocab_size = max([pieces - 1, *self._added.values()]) + 1
-        self.bos_token_id = self._by_name_or(bos_token, self._model.bos_id())
-        eos = [self._by_name_or(eos_token, self._model.eos_id()), *eos_token_ids]
-        self.eos_token_ids = tuple(dict.fromkeys(i for i in eos if i is not None))
+        named = None if bos_token is None else self.token_to_id(bos_token)
+        own = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        self.bos_token_id = own if named is None else named
+        eos = [self._model.eos_id(), None if eos_token is None else self.token_to_id(eos_token)]
+        ends = (i for i in (*eos, *eos_token_ids) if i is not None and i >= 0)
+        self.eos_token_ids = tuple(dict.fromkeys(ends))
         # Longest first: "<im_start>" must not be found as a shorter token inside it.
         names = sorted(self._added, key=len, reverse=True)
         self._at_added = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -195,10 +199,6 @@ class SentencePieceTokenizer(Tokenizer):
             return self._added[token]
         piece = int(self._model.piece_to_id(token))
         return None if piece == self._model.unk_id() else piece
-
-    def _by_name_or(self, token: str | None, own: int) -> int | None:
-        named = None if token is None else self.token_to_id(token)
-        return named if named is not None else own if own >= 0 else None
 
 
 def _added_tokens(folder: Path, config: JsonConfig) -> AddedTokens:

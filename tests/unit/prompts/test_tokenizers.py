@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,15 @@ import pytest
 import sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from models.errors import CheckpointError
 from models.prompts import Tokenizer, load_tokenizer
 from models.prompts.huggingface import HuggingFaceTokenizer
 from models.prompts.sentencepiece_ import SentencePieceTokenizer
 from tests.synthetic import TOKENIZER_TEXT, rewrite_json, write_tiny_llava
+from tests.unit.prompts.tiny_tokenizers import write_gpt2, write_llama_3, write_qwen2
 
 RECORDED = Path(__file__).parent / "recorded"
 ENTRIES: list[dict[str, Any]] = json.loads((RECORDED / "slow_llama_tokenizer.json").read_text())
@@ -224,43 +226,156 @@ def test_ends_of_sequence_come_from_the_generation_config_too(
     assert load_tokenizer(folder).eos_token_ids == expected
 
 
-def write_fast(folder: Path) -> PreTrainedTokenizerFast:
-    """Llama-3's kind: no `tokenizer.model`, byte-level merges, a second end of turn."""
-    fast = FastTokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    special = ["<|begin|>", "<|end|>", "<|eot|>"]
-    fast.train_from_iterator(
-        TOKENIZER_TEXT.split("\n"),
-        trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )  # fmt: skip
-    whole = PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token="<|begin|>", eos_token="<|end|>"
-    )
-    whole.save_pretrained(folder)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    return whole
+KINDS: dict[str, Callable[[Path], FastTokenizer]] = {
+    "Llama-3": write_llama_3,
+    "Qwen2, vocabulary and merges": write_qwen2,
+    "Qwen2, tokenizer.json": partial(write_qwen2, vocabulary_files=False),
+    "GPT-2": write_gpt2,
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+MULTI_TURN = (
+    "<|im_start|>user\n<image>\nWhat  is it?<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+    "<|endoftext|> red", "A chat between a curious user. USER: 12345 objects ASSISTANT:",
+    "e\u0301 e\u0301<|im_end|>", "it's THEY'RE \r\n\n\t x", " lead", "trail  ", "",
+    "Gr\u00fc\u00dfe, \u732b\U0001f600!",
+)  # fmt: skip
 
 
-def test_a_folder_without_a_sentencepiece_model_goes_through_transformers(tmp_path: Path) -> None:
-    whole = write_fast(tmp_path)
-    loaded: Tokenizer = load_tokenizer(tmp_path)
+@every_kind
+@pytest.mark.parametrize("tokenization", ["pieces", "whole"])
+def test_ids_are_those_of_the_library_that_the_tokenizer_was_made_with(
+    kind: str, tokenization: Any, tmp_path: Path
+) -> None:
+    made = KINDS[kind](tmp_path)
+    loaded: Tokenizer = load_tokenizer(tmp_path, tokenization)
     assert isinstance(loaded, HuggingFaceTokenizer)
-    text = "Hello <|eot|> there\n\n  猫"
-    assert loaded.encode(text) == whole.encode(text)
-    assert loaded.decode(loaded.encode(text)) == "Hello <|eot|> there\n\n  猫".replace(
-        "<|eot|>", ""
-    )
-    assert loaded.eos_token_ids == (1, 2) and loaded.bos_token_id == 0
-    assert loaded.token_to_id("<|eot|>") == 2 and loaded.token_to_id("nothing") is None
+    if tokenization == "whole":
+        made.add_special_tokens([AddedToken("<image>", normalized=False)])
+        assert loaded.token_to_id("<image>") == made.token_to_id("<image>")
+    for text in MULTI_TURN:
+        ids = made.encode(text).ids
+        assert loaded.encode(text) == ids, text
+        seen = made.decode(ids, skip_special_tokens=True)
+        if tokenization == "pieces":
+            assert loaded.decode(ids) == seen
+            assert loaded.decode(ids, False) == made.decode(ids, skip_special_tokens=False)
+
+
+@every_kind
+def test_added_tokens_are_one_id_each_and_no_text(kind: str, tmp_path: Path) -> None:
+    made = KINDS[kind](tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    special = {token.content for token in made.get_added_tokens_decoder().values()}
+    assert loaded.added_tokens == special
+    assert loaded.vocab_size == made.get_vocab_size()
+    begin = len(loaded.encode(""))
+    for name in special:
+        token = loaded.token_to_id(name)
+        assert token is not None and loaded.encode(f"a{name}b")[begin:].count(token) == 1
+        assert loaded.decode([token]) == ""
+    assert loaded.token_to_id("nothing") is None
     assert loaded.decode([10**6, -200, *loaded.encode("a")]) == "a"
 
 
+def test_ends_of_sequence_of_every_kind(tmp_path: Path) -> None:
+    made = write_llama_3(tmp_path / "llama-3")
+    loaded = load_tokenizer(tmp_path / "llama-3")
+    ends = {made.token_to_id("<|eot_id|>"), made.token_to_id("<|end_of_text|>")}
+    assert set(loaded.eos_token_ids) == ends
+    assert loaded.bos_token_id == made.token_to_id("<|begin_of_text|>")
+    made = write_qwen2(tmp_path / "qwen")
+    loaded = load_tokenizer(tmp_path / "qwen")
+    assert loaded.eos_token_ids == (made.token_to_id("<|im_end|>"),)
+    assert loaded.bos_token_id is None
+
+
+def test_the_placeholder_is_no_part_of_the_vocabulary_that_requests_may_name(
+    tmp_path: Path,
+) -> None:
+    write_qwen2(tmp_path)
+    pieces, whole = load_tokenizer(tmp_path), load_tokenizer(tmp_path, "whole")
+    assert pieces.token_to_id("<image>") is None
+    assert pieces.vocab_size == whole.vocab_size == whole.token_to_id("<image>")
+
+
+# ---- Yi, the language model of LLaVA-1.6-34B ------------------------------------------------
+
+
+@cache
+def yi_model() -> bytes:
+    """SentencePiece without a dummy prefix, ChatML's marks among its pieces."""
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TOKENIZER_TEXT.strip().split("\n")), model_writer=file,
+        model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False,
+        remove_extra_whitespaces=False, normalization_rule_name="identity",
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"], unk_id=0, bos_id=1, eos_id=2,
+        bos_piece="<|startoftext|>", eos_piece="<|endoftext|>", pad_id=-1, num_threads=1,
+        character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_yis_tokenizer_has_no_dummy_prefix_and_ends_at_chatmls_mark(
+    legacy: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(yi_model())
+    config = {
+        "tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_prefix_space": False,
+        "add_bos_token": False, "bos_token": "<|startoftext|>",
+        "eos_token": {"content": "<|im_end|>"},
+        "added_tokens_decoder": {
+            "3": {"content": "<|im_start|>", "special": True},
+            "4": {"content": "<|im_end|>", "special": True},
+        },
+    }  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, SentencePieceTokenizer)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=yi_model())
+    text = "<|im_start|>user\nWhat is  it?<|im_end|><|im_start|>assistant\n"
+    expected = [
+        3, *processor.encode("user\nWhat is  it?"), 4, 3, *processor.encode("assistant\n")
+    ]  # fmt: skip
+    assert loaded.encode(text) == expected
+    assert loaded.decode(expected) == "user\nWhat is  it?assistant\n"
+    assert (loaded.bos_token_id, set(loaded.eos_token_ids)) == (1, {2, 4})
+
+
+# ---- loading --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("traits", "text", "same_as"),
+    [
+        ({}, "red <im> blue", "red <im> blue"),
+        ({"lstrip": True}, "red  <im> blue", "red<im> blue"),
+        ({"rstrip": True}, "red <im>  blue", "red <im>blue"),
+        ({"lstrip": True, "rstrip": True}, " <im> <im> ", "<im><im>"),
+    ],
+)
+def test_an_added_token_may_swallow_space(
+    traits: dict[str, bool], text: str, same_as: str, folder: Path
+) -> None:
+    """The slow tokenizer strips the neighbours of such a token before it encodes them."""
+    rewrite_json(
+        folder / "tokenizer_config.json",
+        added_tokens_decoder={"400": {"content": "<im>", "special": True, **traits}},
+    )
+    plain = SentencePieceTokenizer(model(), added={"<im>": 400})
+    assert load_tokenizer(folder).encode(text) == plain.encode(same_as)
+
+
+def test_named_special_tokens_must_be_text(folder: Path) -> None:
+    rewrite_json(folder / "tokenizer_config.json", eos_token=7)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: eos_token is 7; it must"):
+        load_tokenizer(folder)
+
+
 def test_code_in_a_tokenizers_folder_never_runs(tmp_path: Path) -> None:
-    write_fast(tmp_path)
+    write_llama_3(tmp_path)
     marker = tmp_path / "owned"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass T: pass\n")
     rewrite_json(
