@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale",
         choices=("tiny", "full"),
         default="tiny",
-        help="tiny (default): two layers, less than 3 MiB; full: the real sizes",
+        help="tiny (default): two layers, about 3 MB; full: the real sizes",
     )
     synthesize.add_argument(
         "--format",

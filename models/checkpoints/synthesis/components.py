@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -63,7 +64,8 @@ class Parameter:
     quantizable: bool = False
 
 
-def language_parameters(family: Family, vocab_size: int) -> list[Parameter]:
+@cache
+def language_parameters(family: Family, vocab_size: int) -> tuple[Parameter, ...]:
     config_class, model_class = LANGUAGE_CLASSES[family.language.kind]
     with init_empty_weights():
         model = model_class(config_class(**language_values(family, vocab_size)))
@@ -72,10 +74,10 @@ def language_parameters(family: Family, vocab_size: int) -> list[Parameter]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     }
-    return [
+    return tuple(
         Parameter(name, tuple(value.shape), name in linears)
         for name, value in model.named_parameters()
-    ]
+    )
 
 
 def language_values(family: Family, vocab_size: int) -> dict[str, object]:
@@ -98,16 +100,17 @@ def language_values(family: Family, vocab_size: int) -> dict[str, object]:
     return values
 
 
-def tower_parameters(family: Family) -> list[Parameter]:
+@cache
+def tower_parameters(family: Family) -> tuple[Parameter, ...]:
     """Under the names behind `vision_model.`."""
     clip = family.tower.kind == "clip"
     model_class: type[PreTrainedModel] = CLIPVisionModel if clip else SiglipVisionModel
     with init_empty_weights():
         model = model_class(tower_config(family))
-    return [
+    return tuple(
         Parameter(name.removeprefix("vision_model."), tuple(value.shape))
         for name, value in model.named_parameters()
-    ]
+    )
 
 
 def tower_config(family: Family) -> CLIPVisionConfig | SiglipVisionConfig:

@@ -88,7 +88,7 @@ class Family:
 
 
 def tiny(family: Family) -> Family:
-    """The same of everything, with small numbers: less than 3 MiB in 16 bits."""
+    """The same of everything, with small numbers: about 3 MB in 16 bits."""
     grouped = family.language.kv_heads < family.language.heads
     language = replace(
         family.language, hidden=256, intermediate=384, layers=2, heads=4,
