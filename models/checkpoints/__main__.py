@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except CheckpointError as error:
+        if getattr(options, "json", False):
+            answer = {"name": options.path, "servable": False, "reason": str(error)}
+            print(json.dumps(answer, indent=2))
         print(f"{options.path} cannot be served: {error}", file=sys.stderr)
         return CANNOT_BE_SERVED
     return 0
@@ -145,7 +148,9 @@ def _inspect(options: argparse.Namespace) -> None:
         concurrency=options.concurrency,
     )
     if options.json:
-        print(json.dumps({"name": inspection.name, **inspection.sections}, indent=2))
+        print(
+            json.dumps({"name": inspection.name, "servable": True, **inspection.sections}, indent=2)
+        )
     else:
         print(render(inspection))
 

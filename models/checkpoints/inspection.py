@@ -6,6 +6,7 @@ without data.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.checkpoints.spec import Checkpoint, ModelSpec, Precision
 from models.checkpoints.weight_source import WeightSource
 from models.engine.options import EngineOptions
 from models.errors import CheckpointError
+from models.language.decoder import Decoder
 from models.language.kv_cache import KVCacheShape, head_dim
 from models.language.loading import linear_shapes, load_decoder
 from models.language.vocabulary import check_vocabulary
@@ -34,6 +36,8 @@ DEFAULT_GROUP_SIZE = 128
 NIBBLE_BYTES = 0.5
 SCALE_BYTES = 4
 """Of a group of 4-bit weights: its scale and its zero point, as the fast backends hold them."""
+PROJECTION = re.compile(r"_proj\.|^rotary\.")
+"""Tensors of the decoder that are counted as layers, or are no weights."""
 CONCURRENCY = {"cpu": 8, "cuda": 64}
 """The engine's own choice."""
 
@@ -77,7 +81,8 @@ def inspect_checkpoint(
     template = load_template(spec.prompt.template, spec.tokenizer_path, tokenizer)
     stops = sorted(stop_token_ids(template, tokenizer))
     vision = _dry_vision(checkpoint)
-    group_size = _dry_language(checkpoint)
+    decoder = _dry_decoder(checkpoint)
+    group_size = _group_size(checkpoint.language)
     dtype = _activations(device)
     quantized = spec.precision == "W4A16"
     first = checkpoint.language.quantized_linears()[:1]
@@ -96,13 +101,15 @@ def inspect_checkpoint(
         },
         "quantisation": {
             "format": checkpoint.language.format_of(first[0]) if first else None,
-            "group size": group_size if first else None,
+            "group size": group_size,
         },
         "files": {
             source.component: sorted({source.file_of(name) for name in source.names()})
             for source in (checkpoint.language, checkpoint.projector, checkpoint.vision)
         },
-        "memory": _memory(spec, vision, group_size, dtype, context, concurrency),
+        "memory": _memory(
+            spec, decoder, vision, group_size or DEFAULT_GROUP_SIZE, dtype, context, concurrency
+        ),
         "this machine": {
             "device": device,
             "dtype": str(dtype).removeprefix("torch."),
@@ -114,11 +121,10 @@ def inspect_checkpoint(
 
 def render(inspection: Inspection) -> str:
     """Aligned plain text."""
-    sections = inspection.sections
+    width = max(map(len, inspection.sections)) + 2
     lines = [inspection.name]
-    width = max(map(len, sections)) + 2
-    for name, section in sections.items():
-        for index, text in enumerate(RENDERERS.get(name, _pairs)(section)):
+    for name, section in inspection.sections.items():
+        for index, text in enumerate(RENDERERS[name](section)):
             lines.append(f"  {name if index == 0 else '':<{width}}{text}")
     return "\n".join(lines)
 
@@ -174,16 +180,22 @@ def _dry_vision(checkpoint: Checkpoint) -> VisionEncoder:
     return load_vision(bare, META, torch.float16)
 
 
-def _dry_language(checkpoint: Checkpoint) -> int:
-    """The group size, for which one layer is really read: no format's header says it plainly."""
+def _dry_decoder(checkpoint: Checkpoint) -> Decoder:
     source, config = checkpoint.language, checkpoint.spec.language
-    linears = linear_shapes(config)
-    known = [linear for linear in source.quantized_linears() if linear in linears]
-    bare = _WithoutData(source, linears, 1)
-    load_decoder(
-        bare, config, max_positions=1, device=META, dtype=torch.float16, backend="reference"
+    return load_decoder(
+        _WithoutData(source, linear_shapes(config), 1),
+        config,
+        max_positions=1,
+        device=META,
+        dtype=torch.float16,
+        backend="reference",
     )
-    return source.quantized(known[0]).group_size if known else DEFAULT_GROUP_SIZE
+
+
+def _group_size(source: WeightSource) -> int | None:
+    """One layer is really read for it: no format's header says it plainly."""
+    quantized = source.quantized_linears()
+    return source.quantized(quantized[0]).group_size if quantized else None
 
 
 def _activations(device: str) -> torch.dtype:
@@ -245,6 +257,7 @@ def _most_tokens(spec: ModelSpec, per_tile: int) -> int:
 
 def _memory(
     spec: ModelSpec,
+    decoder: Decoder,
     vision: VisionEncoder,
     group_size: int,
     dtype: torch.dtype,
@@ -253,8 +266,12 @@ def _memory(
 ) -> Section:
     config, width = spec.language, dtype.itemsize
     linears = sum(n * k for n, k in linear_shapes(config).values())
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    others = embeddings + sum(parameter.numel() for parameter in vision.parameters())
+    others = sum(parameter.numel() for parameter in vision.parameters())
+    others += sum(
+        tensor.numel()
+        for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers())
+        if name.endswith(".bias") or not PROJECTION.search(name)
+    )
     shape = KVCacheShape.of(config, EngineOptions().block_size, dtype)
     blocks = -(-context // shape.block_size) * concurrency
     per_weight = NIBBLE_BYTES + SCALE_BYTES / group_size
@@ -269,50 +286,81 @@ def _memory(
     }  # fmt: skip
 
 
-def _pairs(section: Section) -> list[str]:
-    shown = (f"{key} {_text(value)}" for key, value in section.items() if value not in (None, []))
-    return [", ".join(shown) or "none"]
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(map(_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _render_checkpoint(section: Section) -> list[str]:
     return [f"{section['layout']} layout, served as {section['precision']}", section["path"]]
 
 
-def _render_prompts(section: Section) -> list[str]:
-    stops = " ".join(
-        f"{text!r} ({number})"
-        for text, number in zip(section["stop tokens"], section["stop token ids"], strict=True)
-    )
+def _render_language(section: Section) -> list[str]:
+    grouped = section["kv heads"] != section["heads"]
+    heads = f"{section['heads']} heads" + (f" on {section['kv heads']}" if grouped else "")
     return [
-        f"template {section['template']}, answers end at {stops}",
+        f"{section['family']}, {section['layers']} layers of {section['hidden']} "
+        f"(inside {section['intermediate']}), {heads} of {section['head size']}",
+        f"vocabulary {section['vocabulary']}, context {section['context']} tokens",
+    ]
+
+
+def _render_tower(section: Section) -> list[str]:
+    return [
+        f"{section['kind']}, {section['image size']} pixels in patches of {section['patch']}, "
+        f"{section['layers']} layers of {section['hidden']}",
+        f"hidden state {section['select layer']}, {section['select feature']}",
+    ]
+
+
+def _render_projector(section: Section) -> list[str]:
+    order, merge = section["token order"], section["merge"]
+    tiles = "" if merge == "flat" else f", tiles {merge}"
+    kind, inner, outer = section["kind"], section["from"], section["to"]
+    return [f"{kind}, {inner} to {outer}, tokens {order} by {order}{tiles}"]
+
+
+def _render_preprocessing(section: Section) -> list[str]:
+    sizes = ", ".join(f"{width} x {height}" for width, height in section["resolutions"])
+    mean, std = (" ".join(f"{value:.4g}" for value in section[key]) for key in ("mean", "std"))
+    return [
+        f"{section['mode']}, {section['resize']} {section['size']}, crop {section['crop']}, mean "
+        f"{mean}, std {std}",
+        *([f"in tiles of {sizes}"] if sizes else []),
+        f"{'up to ' if sizes else ''}{section['tokens per picture']} tokens per picture",
+    ]
+
+
+def _render_prompts(section: Section) -> list[str]:
+    ends = zip(section["stop tokens"], section["stop token ids"], strict=True)
+    return [
+        f"template {section['template']}, answers end at "
+        + ", ".join(f"{text} ({number})" for text, number in ends),
         f"tokenizer {section['tokenizer']}, {section['tokens']} tokens",
     ]
+
+
+def _render_quantisation(section: Section) -> list[str]:
+    if section["format"] is None:
+        return ["none"]
+    return [f"{section['format']}, groups of {section['group size']}"]
 
 
 def _render_files(section: Section) -> list[str]:
     width = max(map(len, section)) + 2
     lines = []
     for component, files in section.items():
-        shown = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        lines.append(f"{component:<{width}}{shown}")
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        lines.append(f"{component:<{width}}{files[0]}{more}")
     return lines
 
 
 def _render_memory(section: Section) -> list[str]:
-    weights = ", ".join(
-        f"{_size(count)} as {name}" for name, count in section["weights in bytes"].items()
-    )
+    weights = section["weights in bytes"].items()
     return [
-        f"weights {weights}",
+        "weights " + ", ".join(f"{_size(count)} as {name}" for name, count in weights),
         f"KV cache {_size(section['KV cache in bytes'])} for {section['concurrency']} requests "
         f"of {section['context']} tokens",
     ]
+
+
+def _render_machine(section: Section) -> list[str]:
+    return [f"{section['device']}, {section['dtype']}, backend {section['backend']}"]
 
 
 def _size(count: int) -> str:
@@ -321,7 +369,14 @@ def _size(count: int) -> str:
 
 RENDERERS: dict[str, Callable[[Section], list[str]]] = {
     "checkpoint": _render_checkpoint,
+    "language model": _render_language,
+    "vision tower": _render_tower,
+    "projector": _render_projector,
+    "preprocessing": _render_preprocessing,
     "prompts": _render_prompts,
+    "quantisation": _render_quantisation,
     "files": _render_files,
     "memory": _render_memory,
+    "this machine": _render_machine,
 }
+"""By section: its lines."""

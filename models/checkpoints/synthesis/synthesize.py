@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from models.awq.quantized_weight import QuantizedWeight
 from models.checkpoints.synthesis import configs
-from models.checkpoints.synthesis.components import (
-    Item,
-    language_parameters,
-    projector_parameters,
-    tower_parameters,
-)
+from models.checkpoints.synthesis.components import Item
 from models.checkpoints.synthesis.families import FAMILIES
 from models.checkpoints.synthesis.family import Family, tiny
 from models.checkpoints.synthesis.files import (
@@ -151,16 +149,20 @@ def _copy(
         if isinstance(value, QuantizedWeight):
             for suffix, tensor in entry.pack(value, dtype).items():
                 writer.add(f"{name}.{suffix}", tensor)
-            bar.update(value.q.numel())
         else:
             writer.add(name, value.to(dtype))
-            bar.update(value.numel())
+        bar.update(_count(value))
 
 
 def _num_weights(job: Job, vocab_size: int) -> int:
-    """That will be written, for the bar's end; towers that are in several files count once."""
-    family = job.family
-    language = language_parameters(family, vocab_size)
-    visual = [*tower_parameters(family), *projector_parameters(family)]
-    sizes = [torch.Size(parameter.shape).numel() for parameter in language] * len(job.formats)
-    return sum(sizes) + sum(torch.Size(parameter.shape).numel() for parameter in visual)
+    """That will be written, for the bar's end."""
+    layout, job = LAYOUT_WRITERS[job.family.layout], replace(job, weights=job.weights.sizes_only())
+    parts = [
+        *(items for _, items in layout.companions(job)),
+        *(layout.main(job, entry, vocab_size) for entry in job.formats),
+    ]
+    return sum(_count(value) for _, value in chain.from_iterable(parts))
+
+
+def _count(value: Tensor | QuantizedWeight) -> int:
+    return (value.q if isinstance(value, QuantizedWeight) else value).numel()

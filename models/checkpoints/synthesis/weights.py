@@ -60,9 +60,27 @@ class RandomWeights:
             zero = torch.from_numpy(rng.integers(*ZEROS, groups, dtype=np.uint8))
         return QuantizedWeight(q, scale, zero, self._group_size)
 
+    def sizes_only(self) -> RandomWeights:
+        """The same, without values: on the meta device."""
+        return _Sizes(0, self._group_size, self._symmetric)
+
     def _rng(self, name: str) -> np.random.Generator:
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         return np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
+
+
+class _Sizes(RandomWeights):
+    def dense(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def quantized(self, name: str, n: int, k: int) -> QuantizedWeight:
+        groups = (n, k // self._group_size)
+        return QuantizedWeight(
+            torch.empty((n, k), dtype=torch.uint8, device="meta"),
+            torch.empty(groups, dtype=torch.bfloat16, device="meta"),
+            torch.empty(groups, dtype=torch.uint8, device="meta"),
+            self._group_size,
+        )
 
 
 def _bytes(rng: np.random.Generator, count: int) -> Tensor:
