@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,9 @@ MAX_GUIDE_BYTES = 64 << 10
 MAX_GUIDE_DEPTH = 64
 """Of a schema's objects and arrays, and of a pattern's groups."""
 MAX_CHOICES = 1024
+MAX_REPEATS = 2000
+"""Of a pattern's "{n,m}", together; each is compiled as so many copies."""
+_REPEAT = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Guide:
             self.choices()
         elif self.kind == "regex":
             self._check_depth(self.value, "(", ")")
+            self._check_repeats()
 
     @property
     def field(self) -> str:
@@ -72,6 +77,7 @@ class Guide:
 
     def _check_schema(self) -> None:
         self._check_depth(self.value, "[{", "]}")
+        self._check_repeats()  # of the patterns in it; no other JSON looks like one
         if not isinstance(self._parsed(), dict):
             raise self.problem("the schema must be a JSON object")
 
@@ -80,6 +86,13 @@ class Guide:
             return json.loads(self.value)
         except (ValueError, RecursionError):
             raise self.problem(f"{self.kind} is not valid JSON") from None
+
+    def _check_repeats(self) -> None:
+        bounds = (match.groups(default="") for match in _REPEAT.finditer(self.value))
+        # Longer numbers than any limit are cut, since Python refuses to read the longest.
+        total = sum(max(int(low[:9]), int(high[:9] or 0)) for low, high in bounds)
+        if total > MAX_REPEATS:
+            raise self.problem(f"{self.kind} repeats up to {total} times; at most {MAX_REPEATS}")
 
     def _check_depth(self, text: str, opening: str, closing: str) -> None:
         """Brackets inside strings count, too: it is a bound, not a parser."""

@@ -96,6 +96,12 @@ class SamplingParams:
             _integer("stop_token_ids", token, 0, "a list of token ids")
 
     @property
+    def biases(self) -> LogitBias:
+        """`logit_bias` as it is kept."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_p < GREEDY_TOP_P
 
@@ -116,7 +122,7 @@ def _integer(field: str, value: object, low: int | None, expected: str) -> None:
 
 def _logit_bias(value: object) -> LogitBias:
     try:
-        pairs = tuple((value if isinstance(value, Mapping) else dict(value)).items())  # type: ignore[call-overload]
+        pairs = tuple(dict(value).items())  # type: ignore[call-overload]
     except (TypeError, ValueError):
         raise InvalidRequest(
             "logit_bias", f"{value!r:.80} does not map token ids to numbers"
