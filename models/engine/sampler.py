@@ -22,6 +22,7 @@ from models.engine.sampling_params import SamplingParams
 from models.engine.scheduler import INVALID_TOKEN, Samples
 from models.engine.sequence import Sequence
 
+HIGHEST_TEMPERATURE = torch.finfo(torch.float32).max
 _MASK = (1 << 64) - 1
 
 
@@ -190,7 +191,9 @@ def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
     params = [seq.params for seq in seqs]
-    probabilities = (logits / column([p.temperature for p in params])).softmax(dim=-1)
+    # Finite in single precision, too: what is forbidden would become no number.
+    temperatures = column([min(p.temperature, HIGHEST_TEMPERATURE) for p in params])
+    probabilities = (logits / temperatures).softmax(dim=-1)
     if any(0 < p.top_k < logits.shape[-1] or p.top_p < 1 for p in params):
         probabilities = _keep_likeliest(probabilities, params)
     if any(p.min_p > 0 for p in params):

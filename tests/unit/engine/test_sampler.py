@@ -131,7 +131,7 @@ def test_uniform_numbers_are_uniform_and_reproducible() -> None:
         ("min_tokens", 1000), ("min_tokens", 1.0), ("logprobs", -1), ("logprobs", 21),
         ("logprobs", True), ("logit_bias", {-1: 1.0}), ("logit_bias", {1: 101}),
         ("logit_bias", {"1": 1.0}), ("logit_bias", {1: None}), ("logit_bias", 5),
-        ("logit_bias", {i: 1 for i in range(1025)}), ("guide", "json"),
+        ("logit_bias", dict.fromkeys(range(1025), 1)), ("guide", "json"),
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_refused_by_name(field: str, value: object) -> None:
