@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import threading
 import time
@@ -173,10 +174,12 @@ async def test_an_answer_that_is_cut_says_so(engine: Engine) -> None:
 
 async def test_logprobs_are_of_what_the_guide_allows(engine: Engine) -> None:
     deltas = await ask(engine, guide=GUIDES["choice"], temperature=0, logprobs=20)
-    for delta in deltas:
-        (logprobs,) = delta.logprobs
-        assert logprobs.token_id == delta.token_ids[0] == logprobs.top[0][0]
-        assert sum(2.718281828**value for _, value in logprobs.top) == pytest.approx(1, abs=1e-3)
+    tokens = [token for delta in deltas for token in delta.token_ids]
+    found = [logprobs for delta in deltas for logprobs in delta.logprobs]
+    assert [logprobs.token_id for logprobs in found] == tokens
+    for logprobs in found:
+        assert logprobs.token_id == logprobs.top[0][0]
+        assert sum(math.exp(value) for _, value in logprobs.top) == pytest.approx(1, abs=1e-3)
 
 
 WRONG = {
