@@ -63,8 +63,8 @@ async def measure(
 ) -> dict[str, list[float]]:
     """Tokens per second by guide, one figure for each repeat; each begins with another one."""
     found: dict[str, list[float]] = {name: [] for name in GUIDES}
-    for name in GUIDES:  # compiles it, once
-        await tokens_per_second(engine, GUIDES[name], streams, num_tokens)
+    for guide in GUIDES.values():  # compiles it, once
+        await tokens_per_second(engine, guide, streams, num_tokens)
     names = list(GUIDES)
     for repeat in range(repeats):
         at = repeat % len(names)

@@ -14,7 +14,6 @@ from math import inf
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.engine.messages import TokenLogprobs
@@ -101,14 +100,15 @@ def _apply_guides(logits: Tensor, seqs: Rows[Sequence]) -> None:
     guided = [(row, matcher) for row, seq in enumerate(seqs) if (matcher := seq.matcher)]
     if not guided:
         return
-    bits = np.stack([np.frombuffer(matcher.allowed(), dtype=np.uint8) for _, matcher in guided])
-    packed = torch.from_numpy(bits).to(logits.device).unsqueeze(-1)
-    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    allowed = ((packed >> places) & 1).flatten(1)[:, : logits.shape[-1]].bool()
-    rows = torch.tensor([row for row, _ in guided], device=logits.device)
-    # Rows of the model's vocabulary behind the tokenizer's stand for nothing.
-    allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]))
-    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+    vocabulary = logits.shape[-1]
+    forbidden = np.ones((len(seqs), vocabulary), dtype=np.bool_)
+    forbidden[[row for row, seq in enumerate(seqs) if seq.guide is None]] = False
+    for row, matcher in guided:
+        # Rows of the model's vocabulary behind the tokenizer's stand for nothing.
+        bits = np.frombuffer(matcher.allowed(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[:vocabulary]
+        forbidden[row, : len(allowed)] = allowed == 0
+    logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)
 
 
 def _add_biases(logits: Tensor, seqs: Rows[Sequence]) -> None:
