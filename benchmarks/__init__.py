@@ -3,6 +3,7 @@
 engine.py         the engine against transformers' generate
 serving.py        HTTP against the engine (and against transformers); start-up and memory
 bf16_divergence.py   how often an answer in bf16 differs in company from the same alone
+structured.py     what answers cost whose form is given
 
 load.py           the questions that are asked, and what is noted of the answers
 arm.py            one way to have questions answered

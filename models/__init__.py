@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.engine.engine import Engine as Engine
+    from models.engine.guide import Guide as Guide
     from models.engine.messages import EngineStats as EngineStats
     from models.engine.messages import GenerationDelta as GenerationDelta
+    from models.engine.messages import TokenLogprobs as TokenLogprobs
     from models.engine.messages import Usage as Usage
     from models.engine.options import EngineOptions as EngineOptions
     from models.engine.sampling_params import SamplingParams as SamplingParams
@@ -30,7 +32,9 @@ _HOME = {
     "EngineOptions": "models.engine.options",
     "EngineStats": "models.engine.messages",
     "GenerationDelta": "models.engine.messages",
+    "Guide": "models.engine.guide",
     "SamplingParams": "models.engine.sampling_params",
+    "TokenLogprobs": "models.engine.messages",
     "Usage": "models.engine.messages",
     "load_engine": "models.loading",
 }

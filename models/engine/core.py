@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from models.engine.block_pool import BlockPool
+from models.engine.guidance import GuideCompiler
 from models.engine.messages import EngineStats, GenerationDelta, GenerationRequest
-from models.engine.output_text import Decodes
 from models.engine.runner import ModelRunner
 from models.engine.sampler import Sampler
 from models.engine.scheduler import Scheduler
 from models.engine.sequence import Sequence
 from models.errors import EngineFault, RequestAborted
+from models.prompts import Tokenizer
 
 
 class EngineCore:
@@ -23,7 +24,7 @@ class EngineCore:
     def __init__(
         self,
         runner: ModelRunner,
-        tokenizer: Decodes,
+        tokenizer: Tokenizer,
         eos_token_ids: Iterable[int],
         *,
         max_model_len: int,
@@ -32,7 +33,9 @@ class EngineCore:
         enable_prefix_caching: bool,
     ) -> None:
         self.runner = runner
-        self.sampler = Sampler()
+        eos_token_ids = frozenset(eos_token_ids)
+        self.sampler = Sampler(eos_token_ids)
+        self.guides = GuideCompiler(tokenizer, eos_token_ids)
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(
@@ -51,9 +54,16 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, request: GenerationRequest) -> None:
+    def add(self, request: GenerationRequest, ready: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            ready: called, in another thread, when its guide has been compiled and there is work.
+        """
         block_size = self.scheduler.pool.block_size
-        self.scheduler.add(Sequence(request, self.tokenizer, block_size, self.max_model_len))
+        seq = Sequence(request, self.tokenizer, block_size, self.max_model_len)
+        if request.params.guide is not None:
+            seq.guide = self.guides.submit(request.params.guide, ready)
+        self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> list[GenerationDelta]:
         """Takes the request back, in whatever phase it is; nothing if it has ended already."""
@@ -67,14 +77,14 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> list[GenerationDelta]:
         """Computes one batch; at most one delta per request."""
-        expired = self.scheduler.expire(time.monotonic())
+        ended = self.scheduler.expire(time.monotonic()) + self.scheduler.refuse()
         batch = self.scheduler.schedule()
         if not batch.chunks:
-            return expired
+            return ended
         self.num_steps += 1
         logits = self.runner.run(batch)
-        tokens = self.sampler.sample(logits, [chunk.seq for chunk in batch.sampling])
-        return expired + self.scheduler.commit(batch, tokens)
+        samples = self.sampler.sample(logits, [chunk.seq for chunk in batch.sampling])
+        return ended + self.scheduler.commit(batch, samples)
 
     def fail_running(self, error: Exception) -> list[GenerationDelta]:
         """After a step that raised: ends what was running, frees it all, keeps those waiting."""

@@ -28,7 +28,7 @@ from models.engine.messages import Abort, EngineStats, GenerationDelta, Generati
 from models.engine.preparation import RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
-from models.prompts import Template
+from models.prompts import Template, Tokenizer
 
 PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
@@ -84,6 +84,29 @@ class Engine:
     def count_tokens(self, prompt: str) -> int:
         """How many tokens a prompt has, each "<image>" with all the positions of a picture."""
         return self._preparer.count_tokens(prompt)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own, for reading only; safe to use from several threads at once."""
+        return self._preparer.tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text without pictures, with the beginning-of-sequence token where the
+        model has one."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode(token_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text; of a special token, its name."""
+        return self.tokenizer.token_bytes(token_id) or self.token_text(token_id).encode()
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text, with U+FFFD for bytes that make no character by themselves."""
+        text = self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return text or self.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def description(self) -> dict[str, str]:
         """What is loaded, where and how, for start-up lines."""

@@ -94,5 +94,5 @@ class EngineLoop:
             if isinstance(message, Abort):
                 deltas += self.core.abort(message.request_id)
             else:
-                self.core.add(message)
+                self.core.add(message, self._wake.set)
         return deltas

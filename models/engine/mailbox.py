@@ -77,6 +77,8 @@ def merged(deltas: Sequence[GenerationDelta]) -> GenerationDelta:
         last.finish_reason,
         last.usage,
         last.error,
+        tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
+        last.stop_reason,
     )
 
 

@@ -69,6 +69,20 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely one token of an answer was.
+
+    Attributes:
+        top: the likeliest tokens and their log-probabilities, likeliest first; as many as were
+            asked for, fewer where a guide allowed fewer.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerationDelta:
     """What one request gained in one step.
 
@@ -77,6 +91,9 @@ class GenerationDelta:
         token_ids: the new tokens, the one that ended the answer included.
         finish_reason: set in the last delta only.
         error: why `finish_reason` is "error" (or "abort").
+        logprobs: of each of `token_ids`, where the request asked for them.
+        stop_reason: the request's stop string, or the one of its `stop_token_ids`, that ended the
+            answer; None where the model's own end did.
     """
 
     request_id: str
@@ -85,6 +102,8 @@ class GenerationDelta:
     finish_reason: FinishReason | None = None
     usage: Usage = field(default_factory=Usage)
     error: TinyChatError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,14 @@ class OutputText:
     string. When a stop string is found the text ends before it and `stopped` is True.
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """
+        Args:
+            min_tokens: a stop string that is complete within so many tokens is none.
+        """
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         # ids:  [ ..released.. | context | pending ]
         #                      ^ _context ^ _read
@@ -35,7 +40,12 @@ class OutputText:
         self._released = ""
         """How much of the text from `_context` on has been released."""
         self._held = ""
-        self.stopped = False
+        self.stop_reason: str | None = None
+        """The stop string that was found."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_reason is not None
 
     def append(self, token_id: int) -> str:
         """Text that is new and final after this token; often "", while something is held back."""
@@ -83,10 +93,18 @@ class OutputText:
 
     def _hold_back(self, new: str) -> str:
         text = self._held + new
-        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+        if len(self._ids) > self._min_tokens:
+            # Each must end in what is new: what is held back may hold one that came too early.
+            held = len(self._held)
+            found = [
+                (index, stop)
+                for stop in self._stop
+                if (index := text.find(stop, max(0, held + 1 - len(stop)))) >= 0
+            ]
+            if found:
+                index, self.stop_reason = min(found)
+                self._held = ""
+                return text[:index]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL.Image import Image
@@ -50,18 +50,14 @@ class RequestPreparer:
         Raises:
             InvalidRequest: the prompt is not a string, does not fit into the context, or does not
                 have as many placeholders as there are pictures; a picture cannot be decoded; a
-                stop token is not in the vocabulary.
+                stop token, or one with a bias, is not in the vocabulary.
         """
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt", f"is {type(prompt).__name__}; it must be a string")
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InvalidRequest("prompt", "holds half of a surrogate pair, which is no character")
-        for token in params.stop_token_ids:
-            if token >= self.tokenizer.vocab_size:
-                raise InvalidRequest(
-                    "stop_token_ids",
-                    f"{token} is outside of the vocabulary of {self.tokenizer.vocab_size} tokens",
-                )
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        self._check_tokens("logit_bias", (token for token, _ in params.biases))
         # Counting comes first: a wrong request should not cost the preprocessing.
         tokens = tokenize_prompt(
             prompt,
@@ -129,6 +125,14 @@ class RequestPreparer:
                 f"holds the token {self.tokenizer.decode([largest], skip_special_tokens=False)!r}, "
                 "which this model cannot read",
             )
+
+    def _check_tokens(self, field: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if token >= self.tokenizer.vocab_size:
+                raise InvalidRequest(
+                    field,
+                    f"{token} is outside of the vocabulary of {self.tokenizer.vocab_size} tokens",
+                )
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens == 0:

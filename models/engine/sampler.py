@@ -7,15 +7,21 @@ not depend on which requests share its steps, nor on having been preempted.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
+from math import inf
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.engine.messages import TokenLogprobs
 from models.engine.sampling_params import SamplingParams
-from models.engine.scheduler import INVALID_TOKEN
+from models.engine.scheduler import INVALID_TOKEN, Samples
 from models.engine.sequence import Sequence
 
+HIGHEST_TEMPERATURE = torch.finfo(torch.float32).max
 _MASK = (1 << 64) - 1
 
 
@@ -28,37 +34,153 @@ def uniform(seed: int, index: int) -> float:
 
 
 class Sampler:
-    """Chooses one token per row. Keeps no state."""
+    """Chooses one token per row. Keeps no state of requests.
 
-    def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> list[int]:
+    In vLLM's order: a guide's mask, log-probabilities, biases, penalties, `min_tokens`, and then
+    temperature and filters. What no row asks for costs nothing.
+    """
+
+    def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> Samples:
         """
         Args:
             logits: (len(seqs), vocabulary), float32; may be written to.
             seqs: whose next token each row is.
-
-        Returns:
-            One token id per row; INVALID_TOKEN where the logits are not numbers.
         """
         if not seqs:
-            return []
-        self._penalise(logits, seqs)
+            return Samples([], [])
+        _apply_guides(logits, seqs)
+        asking = _rows(seqs, lambda params: params.logprobs is not None)
+        raw = logits[asking].log_softmax(dim=-1) if asking else None
+        _add_biases(logits, seqs)
+        _penalise(logits, seqs)
+        self._forbid_ends(logits, seqs)
         best, tokens = logits.max(dim=-1)
-        drawn = [row for row, seq in enumerate(seqs) if not seq.params.greedy]
+        drawn = _rows(seqs, lambda params: not params.greedy)
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
             tokens[rows] = _draw(logits[rows], [seqs[row] for row in drawn])
-        # One transfer per step: the check rides along with the tokens.
-        return torch.where(best.isfinite(), tokens, INVALID_TOKEN).tolist()
+        # One transfer per step: the check rides along with the tokens, and so do the logprobs.
+        tokens = torch.where(best.isfinite(), tokens, INVALID_TOKEN)
+        if raw is None:
+            return Samples(tokens.tolist(), [None] * len(seqs))
+        return _with_logprobs(tokens, raw, asking, seqs)
 
-    def _penalise(self, logits: Tensor, seqs: Rows[Sequence]) -> None:
-        """Repetition penalty (Keskar et al., 2019): divides positive logits, multiplies others."""
-        for row, seq in enumerate(seqs):
-            penalty = seq.params.repetition_penalty
-            if penalty != 1.0:
-                seen = seq.seen_tokens(logits.shape[-1], logits.device)
-                scores = logits[row]
-                scaled = torch.where(scores > 0, scores / penalty, scores * penalty)
-                logits[row] = torch.where(seen, scaled, scores)
+    def _forbid_ends(self, logits: Tensor, seqs: Rows[Sequence]) -> None:
+        """`min_tokens`: no end before; except where a guide allows nothing else."""
+        early = [
+            row for row, seq in enumerate(seqs) if seq.num_output_tokens < seq.params.min_tokens
+        ]
+        ends = [
+            (index, token)
+            for index, row in enumerate(early)
+            for token in self._ends_of(seqs[row])
+            if token < logits.shape[-1]
+        ]
+        if ends:
+            at, forbidden = torch.tensor(ends, device=logits.device).unbind(dim=1)
+            rows = torch.tensor(early, device=logits.device)
+            before = logits[rows]
+            after = before.index_put((at, forbidden), before.new_tensor(-torch.inf))
+            has_others = after.amax(dim=-1, keepdim=True) > -torch.inf
+            logits[rows] = torch.where(has_others, after, before)
+
+    def _ends_of(self, seq: Sequence) -> set[int]:
+        own = set(seq.params.stop_token_ids)
+        return own if seq.params.ignore_eos and seq.guide is None else own | self._eos_token_ids
+
+
+def _rows(seqs: Rows[Sequence], wanted: Callable[[SamplingParams], bool]) -> list[int]:
+    return [row for row, seq in enumerate(seqs) if wanted(seq.params)]
+
+
+def _apply_guides(logits: Tensor, seqs: Rows[Sequence]) -> None:
+    guided = [(row, matcher) for row, seq in enumerate(seqs) if (matcher := seq.matcher)]
+    if not guided:
+        return
+    vocabulary = logits.shape[-1]
+    forbidden = np.ones((len(seqs), vocabulary), dtype=np.bool_)
+    forbidden[[row for row, seq in enumerate(seqs) if seq.guide is None]] = False
+    for row, matcher in guided:
+        # Rows of the model's vocabulary behind the tokenizer's stand for nothing.
+        bits = np.frombuffer(matcher.allowed(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[:vocabulary]
+        forbidden[row, : len(allowed)] = allowed == 0
+    logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)
+
+
+def _add_biases(logits: Tensor, seqs: Rows[Sequence]) -> None:
+    biases = [
+        (row, token, bias)
+        for row, seq in enumerate(seqs)
+        for token, bias in seq.params.biases
+        if token < logits.shape[-1]
+    ]
+    if biases:
+        rows, tokens, values = torch.tensor(biases, dtype=torch.float64).unbind(dim=1)
+        at = (rows.long().to(logits.device), tokens.long().to(logits.device))
+        logits.index_put_(at, values.to(logits), accumulate=True)
+
+
+def _penalise(logits: Tensor, seqs: Rows[Sequence]) -> None:
+    """Repetition penalty (Keskar et al., 2019): divides positive logits, multiplies others, over
+    prompt and answer. OpenAI's two are subtracted, and count the answer only."""
+
+    def column(chosen: list[int], value: Callable[[SamplingParams], float]) -> Tensor:
+        values = [value(seqs[row].params) for row in chosen]
+        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+
+    repeated = _rows(seqs, lambda params: params.repetition_penalty != 1.0)
+    if repeated:
+        seen = _counts([seqs[row].token_ids for row in repeated], logits) > 0
+        penalty = column(repeated, lambda params: params.repetition_penalty)
+        rows = torch.tensor(repeated, device=logits.device)
+        scores = logits[rows]
+        scaled = torch.where(scores > 0, scores / penalty, scores * penalty)
+        logits[rows] = torch.where(seen, scaled, scores)
+    counted = _rows(seqs, lambda p: p.presence_penalty != 0 or p.frequency_penalty != 0)
+    if counted:
+        counts = _counts([seqs[i].token_ids[seqs[i].num_prompt_tokens :] for i in counted], logits)
+        by_count = counts * column(counted, lambda params: params.frequency_penalty)
+        by_presence = (counts > 0) * column(counted, lambda params: params.presence_penalty)
+        logits[torch.tensor(counted, device=logits.device)] -= by_count + by_presence
+
+
+def _counts(token_ids: Rows[array[int]], logits: Tensor) -> Tensor:
+    """(rows, vocabulary) int32: how often each token occurs. Pictures' positions are no tokens."""
+    vocabulary = logits.shape[-1]
+    ids = np.concatenate([np.frombuffer(row, dtype=np.int64) for row in token_ids])
+    rows = np.repeat(np.arange(len(token_ids)), [len(row) for row in token_ids])
+    is_token = (ids >= 0) & (ids < vocabulary)
+    at = torch.from_numpy((rows * vocabulary + ids)[is_token]).to(logits.device)
+    counts = torch.zeros(len(token_ids) * vocabulary, dtype=torch.int32, device=logits.device)
+    counts.scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+    return counts.view(len(token_ids), vocabulary)
+
+
+def _with_logprobs(tokens: Tensor, raw: Tensor, asking: list[int], seqs: Rows[Sequence]) -> Samples:
+    """
+    Args:
+        raw: (len(asking), vocabulary) log-probabilities of the rows `asking`.
+    """
+    wanted = [seqs[row].params.logprobs or 0 for row in asking]
+    width = min(max(wanted), raw.shape[-1])
+    rows = torch.tensor(asking, device=raw.device)
+    chosen = raw.gather(1, tokens[rows].clamp(min=0).unsqueeze(1))
+    values, ids = raw.topk(width, dim=-1)
+    table = tokens.new_zeros((len(seqs), 2 + 2 * width), dtype=torch.float64)
+    table[:, 0] = tokens  # in double precision every token id is exact
+    table[rows, 1:] = torch.cat([chosen.double(), ids.double(), values.double()], dim=1)
+    lines = table.tolist()
+    logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
+    for row, count in zip(asking, wanted, strict=True):
+        token, logprob, *rest = lines[row]
+        pairs = list(zip(map(int, rest[:width]), rest[width:], strict=True))[:count]
+        top = tuple(pair for pair in pairs if pair[1] > -inf)
+        logprobs[row] = TokenLogprobs(int(token), logprob, top)
+    return Samples([int(line[0]) for line in lines], logprobs)
 
 
 def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
@@ -69,7 +191,9 @@ def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
     params = [seq.params for seq in seqs]
-    probabilities = (logits / column([p.temperature for p in params])).softmax(dim=-1)
+    # Finite in single precision, too: what is forbidden would become no number.
+    temperatures = column([min(p.temperature, HIGHEST_TEMPERATURE) for p in params])
+    probabilities = (logits / temperatures).softmax(dim=-1)
     if any(0 < p.top_k < logits.shape[-1] or p.top_p < 1 for p in params):
         probabilities = _keep_likeliest(probabilities, params)
     if any(p.min_p > 0 for p in params):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from models.engine.guide import Guide
 from models.errors import InvalidRequest
 
 GREEDY_TEMPERATURE = 1e-5
@@ -12,6 +14,10 @@ GREEDY_TEMPERATURE = 1e-5
 GREEDY_TOP_P = 1e-8
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_LOGPROBS = 20
+
+LogitBias = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,21 @@ class SamplingParams:
         top_k: keeps that many likeliest tokens; -1 or 0 keeps all.
         min_p: drops tokens less likely than this share of the likeliest; [0, 1].
         repetition_penalty: above 1 makes tokens of the prompt and the output less likely.
+        presence_penalty: is subtracted from the logits of the tokens of the output; -2 to 2.
+        frequency_penalty: the same, times how often a token is in the output.
+        logit_bias: is added to the logits, by token id; -100 (never) to 100 (always). A mapping,
+            or pairs; kept as pairs.
         max_new_tokens: how many tokens at most; 0 is allowed and generates none.
         stop: the text ends before the first of these strings.
         stop_token_ids: tokens that end the answer, besides the model's own.
+        min_tokens: how many tokens come before anything may end the answer, the end of what
+            `guide` allows excepted.
         seed: makes a sampled answer reproducible, whatever else the engine is running.
         ignore_eos: go on after the model's end-of-sequence token (for load tests).
+        logprobs: None, or that many of the likeliest tokens come with every token's
+            log-probability; 0 to 20. They are the model's own, before penalties, biases and
+            temperature, but among the tokens that `guide` allows; so are vLLM's by default.
+        guide: the form that the answer must have.
     """
 
     temperature: float = 1.0
@@ -37,19 +53,39 @@ class SamplingParams:
     top_k: int = -1
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | LogitBias = ()
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, sys.float_info.max, "a number of 0 or more")
         _number("top_p", self.top_p, 0.0, 1.0, "a number from 0 to 1")
         _number("min_p", self.min_p, 0.0, 1.0, "a number from 0 to 1")
         _number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "a positive number")
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0, "a number from -2 to 2")
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "a number from -2 to 2")
         _integer("top_k", self.top_k, -1, "-1 (off) or a positive integer")
         _integer("max_new_tokens", self.max_new_tokens, 0, "an integer of 0 or more")
+        _integer("min_tokens", self.min_tokens, 0, "an integer of 0 or more")
+        if self.min_tokens > self.max_new_tokens:
+            raise InvalidRequest(
+                "min_tokens", f"{self.min_tokens} is more than the {self.max_new_tokens} at most"
+            )
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, f"an integer from 0 to {MAX_LOGPROBS}")
+            if self.logprobs > MAX_LOGPROBS:
+                raise InvalidRequest("logprobs", f"{self.logprobs}; at most {MAX_LOGPROBS}")
+        if self.guide is not None and not isinstance(self.guide, Guide):
+            raise InvalidRequest("guide", f"{self.guide!r:.80} is not a Guide")
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.seed is not None:
             _integer("seed", self.seed, None, "an integer")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -58,6 +94,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, "a list of token ids")
+
+    @property
+    def biases(self) -> LogitBias:
+        """`logit_bias` as it is kept."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
 
     @property
     def greedy(self) -> bool:
@@ -76,6 +118,21 @@ def _integer(field: str, value: object, low: int | None, expected: str) -> None:
         raise InvalidRequest(field, f"{value!r:.80} is not an integer; it must be {expected}")
     if low is not None and value < low:
         raise InvalidRequest(field, f"{value!r:.80} is out of range; it must be {expected}")
+
+
+def _logit_bias(value: object) -> LogitBias:
+    try:
+        pairs = tuple(dict(value).items())  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise InvalidRequest(
+            "logit_bias", f"{value!r:.80} does not map token ids to numbers"
+        ) from None
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise InvalidRequest("logit_bias", f"{len(pairs)} tokens; at most {MAX_LOGIT_BIASES}")
+    for token, bias in pairs:
+        _integer("logit_bias", token, 0, "a token id")
+        _number("logit_bias", bias, -100.0, 100.0, "a number from -100 to 100")
+    return pairs
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:

@@ -11,14 +11,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from models.engine.block_pool import BlockPool
-from models.engine.messages import FinishReason, GenerationDelta
+from models.engine.messages import FinishReason, GenerationDelta, TokenLogprobs
 from models.engine.sequence import Sequence
 from models.errors import EngineFault, RequestTimeout, TinyChatError
 
 INVALID_TOKEN = -1
 """What the sampler returns for a row whose logits are not numbers."""
+
+
+class Samples(NamedTuple):
+    """One entry for each row.
+
+    Attributes:
+        tokens: INVALID_TOKEN where the logits are not numbers.
+        logprobs: where the row's request asks for them.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether a step would do something. Guides that are being compiled are nobody's work."""
+        return bool(self.running) or any(seq.is_ready for seq in self.waiting)
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -87,6 +102,19 @@ class Scheduler:
         error = RequestTimeout("the request waited too long for its turn; the server is busy")
         return [self.finish(seq, "error", error=error) for seq in late]
 
+    def refuse(self) -> list[GenerationDelta]:
+        """Ends the requests whose guides turned out to be wrong."""
+        refused = []
+        for seq in list(self.waiting):
+            if seq.guide is not None and seq.guide.done():
+                error = seq.guide.exception()
+                if isinstance(error, TinyChatError):
+                    refused.append(self.finish(seq, "error", error=error))
+                elif error is not None:
+                    fault = EngineFault(f"the guide's compiler failed: {type(error).__name__}")
+                    refused.append(self.finish(seq, "error", error=fault))
+        return refused
+
     def schedule(self) -> Batch:
         """Chooses the next step's chunks and gives them their KV blocks."""
         batch = Batch()
@@ -101,24 +129,26 @@ class Scheduler:
             if id(seq) not in scheduled and budget > 0:
                 budget -= self._schedule_prompt(seq, budget, batch)
         if self.num_preemptions == preempted:
-            while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+            while budget > 0 and (first := self._next_waiting()) and self._admit(first):
                 budget -= self._schedule_prompt(self.running[-1], budget, batch)
         batch.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)
         return batch
 
-    def commit(self, batch: Batch, tokens: list[int]) -> list[GenerationDelta]:
-        """Books a computed batch, with the token sampled for each of `batch.sampling`."""
+    def commit(self, batch: Batch, samples: Samples) -> list[GenerationDelta]:
+        """Books a computed batch, with the samples of `batch.sampling`."""
         sampling = batch.sampling
         for chunk in batch.chunks:
             chunk.seq.num_computed = chunk.end
             self._remember_full_blocks(chunk.seq)
         return [
-            self._append(chunk.seq, token) for chunk, token in zip(sampling, tokens, strict=True)
+            self._append(chunk.seq, token, logprobs)
+            for chunk, token, logprobs in zip(sampling, *samples, strict=True)
         ]
 
     def finish(
         self, seq: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = (),
-        error: TinyChatError | None = None,
+        error: TinyChatError | None = None, logprobs: tuple[TokenLogprobs, ...] = (),
+        stop_reason: str | int | None = None,
     ) -> GenerationDelta:  # fmt: skip
         """The one way out: frees everything that the sequence holds, wherever it is."""
         if seq in self.running:
@@ -128,7 +158,9 @@ class Scheduler:
         self.pool.release(seq.block_table)
         usage = seq.usage
         seq.forget_computed()
-        return GenerationDelta(seq.request_id, text, token_ids, reason, usage, error)
+        return GenerationDelta(
+            seq.request_id, text, token_ids, reason, usage, error, logprobs, stop_reason
+        )
 
     def check_integrity(self) -> None:
         self.pool.check_integrity(seq.block_table for seq in self.running)
@@ -141,8 +173,12 @@ class Scheduler:
         batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + size))
         return size
 
+    def _next_waiting(self) -> Sequence | None:
+        """The first in the line; those whose guides are still being compiled let others pass."""
+        return next((seq for seq in self.waiting if seq.is_ready), None)
+
     def _admit(self, seq: Sequence) -> bool:
-        """Moves the first waiting sequence to the running ones if slot and blocks are there."""
+        """Moves a waiting sequence to the running ones if slot and blocks are there."""
         if len(self.running) >= self.max_num_seqs:
             return False
         # The last token is computed in any case, since its logits choose the next one.
@@ -158,7 +194,7 @@ class Scheduler:
             seq.num_cached = seq.num_computed
             self.prefix_query_tokens += seq.num_prompt_tokens
             self.prefix_hit_tokens += seq.num_computed
-        self.waiting.popleft()
+        self.waiting.remove(seq)
         self.running.append(seq)
         return True
 
@@ -190,19 +226,34 @@ class Scheduler:
             self.pool.remember(seq.block_table[index], *seq.prefix.block(index, seq.token_ids))
             seq.num_known_blocks = index + 1
 
-    def _append(self, seq: Sequence, token: int) -> GenerationDelta:
+    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> GenerationDelta:
         """Books one sampled token: its text, and whether it ends the answer."""
+        matcher = seq.matcher
+        if matcher is not None and token != INVALID_TOKEN:
+            matcher.advance(token)
+        if matcher is not None and (error := matcher.error) is not None:
+            return self.finish(seq, "error", error=error)
         if token == INVALID_TOKEN:
             fault = EngineFault("the model's output is not a number for this input")
             return self.finish(seq, "error", error=fault)
         seq.token_ids.append(token)
-        is_eos = token in self.eos_token_ids and not seq.params.ignore_eos
-        if is_eos or token in seq.params.stop_token_ids:
-            return self.finish(seq, "stop", seq.text.finish(), (token,))
+        end = partial(
+            self.finish, seq, token_ids=(token,), logprobs=() if logprobs is None else (logprobs,)
+        )
+        # A guide allows the end of sequence only where its answer is complete.
+        if token in self.eos_token_ids and not (seq.params.ignore_eos and matcher is None):
+            return end("stop", seq.text.finish())
+        if token in seq.params.stop_token_ids:
+            return end("stop", seq.text.finish(), stop_reason=token)
         text = seq.text.append(token)
-        if seq.text.stopped:
-            return self.finish(seq, "stop", text, (token,))
-        if len(seq.token_ids) >= seq.max_len:
+        is_complete = matcher is not None and matcher.has_ended
+        if not seq.text.stopped and (is_complete or len(seq.token_ids) >= seq.max_len):
             text += seq.text.finish()
-            return self.finish(seq, "stop" if seq.text.stopped else "length", text, (token,))
-        return GenerationDelta(seq.request_id, text, (token,), usage=seq.usage)
+            if not seq.text.stopped:
+                return end("stop" if is_complete else "length", text)
+        if seq.text.stopped:
+            return end("stop", text, stop_reason=seq.text.stop_reason)
+        return GenerationDelta(
+            seq.request_id, text, (token,), usage=seq.usage,
+            logprobs=() if logprobs is None else (logprobs,),
+        )  # fmt: skip

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from array import array
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
-
-import torch
 
 from models.engine.block_pool import Prefix
 from models.engine.messages import GenerationRequest, Usage
@@ -13,6 +13,8 @@ from models.engine.output_text import Decodes, OutputText
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from models.engine.guidance import Matcher
 
 
 class Sequence:
@@ -30,7 +32,7 @@ class Sequence:
         self.params = request.params
         self.images = request.images
         self.deadline = request.deadline
-        self.token_ids = list(request.token_ids)
+        self.token_ids = array("q", request.token_ids)
         self.num_prompt_tokens = len(request.token_ids)
         self.max_len = min(max_len, self.num_prompt_tokens + request.params.max_new_tokens)
         self.num_computed = 0
@@ -39,12 +41,12 @@ class Sequence:
         self.block_table: list[int] = []
         self.num_known_blocks = 0
         self.prefix = Prefix(block_size, request.images)
-        self.text = OutputText(tokenizer, request.params.stop)
+        self.text = OutputText(tokenizer, request.params.stop, request.params.min_tokens)
         self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         self.image_embeddings: dict[int, Tensor] = {}
         """Projected embeddings by index of `images`, held while the prefill still needs them."""
-        self._seen: Tensor | None = None
-        self._num_seen = 0
+        self.guide: Future[Matcher] | None = None
+        """What the answer must follow, once it has been compiled; until then it waits."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -53,6 +55,16 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it could run, or be told why it never will."""
+        return self.guide is None or self.guide.done()
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """Of a sequence that runs."""
+        return None if self.guide is None else self.guide.result()
 
     @property
     def usage(self) -> Usage:
@@ -64,13 +76,3 @@ class Sequence:
         self.num_known_blocks = 0
         self.block_table = []
         self.image_embeddings.clear()
-
-    def seen_tokens(self, vocab_size: int, device: torch.device) -> Tensor:
-        """(vocab_size,) bool: which tokens the prompt and the output hold; for the penalty."""
-        if self._seen is None:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        new = [t for t in self.token_ids[self._num_seen :] if 0 <= t < vocab_size]
-        if new:
-            self._seen[torch.tensor(new, device=device)] = True
-        self._num_seen = len(self.token_ids)
-        return self._seen

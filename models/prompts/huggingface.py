@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
+from tokenizers import Tokenizer as Backend
 from transformers import (
     AddedToken,
     AutoTokenizer,
@@ -13,10 +17,11 @@ from transformers import (
 )
 
 from models.errors import CheckpointError
-from models.prompts.tokenizer import Tokenizer
+from models.prompts.tokenizer import SPACE, Tokenizer
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 """Everything about such a tokenizer is in its `tokenizer.json`."""
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -48,6 +53,8 @@ class HuggingFaceTokenizer(Tokenizer):
             self._ids = tokenizer.get_vocab()
             added.add(placeholder)
         self.added_tokens = frozenset(added)
+        self._special_ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._is_byte_level = self._backend is not None and "ByteLevel" in _decoders(self._backend)
 
     @classmethod
     def load(
@@ -91,5 +98,42 @@ class HuggingFaceTokenizer(Tokenizer):
         assert isinstance(text, str)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.vocab_size or token_id in self._special_ids:
+            return b""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        assert isinstance(piece, str)
+        if piece in self.added_tokens:
+            return piece.encode()
+        if self._is_byte_level:
+            return bytes(_byte_of_character()[character] for character in piece)
+        if byte := BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace(SPACE, " ").encode()
+
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
+
+
+def _decoders(backend: Backend) -> set[str]:
+    """The types of all steps that decode."""
+    if backend.decoder is None:
+        return set()
+    state = json.loads(backend.decoder.__getstate__())
+    return {step["type"] for step in (state, *state.get("decoders", ()))}
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a visible character: itself, or one from U+0100 on.
+
+    Source: Radford et al., 2019 (GPT-2's vocabulary).
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {
+        **{chr(byte): byte for byte in visible},
+        **{chr(0x100 + number): byte for number, byte in enumerate(hidden)},
+    }

@@ -27,10 +27,8 @@ from sentencepiece import SentencePieceProcessor
 
 from models.errors import CheckpointError
 from models.json_config import JsonConfig
-from models.prompts.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from models.prompts.tokenizer import SENTENCEPIECE_FILE, SPACE, Tokenizer
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""SentencePiece's visible space."""
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 """ModelProto{normalizer_spec{add_dummy_prefix: false}}. Serialised protocol buffers that are
 joined are merged, the later value counting, so this behind a model switches its prefix off."""
@@ -190,6 +188,16 @@ class SentencePieceTokenizer(Tokenizer):
             else:
                 parts += [self._text_of_added.get(i, "") for i in run]
         return "".join(parts)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._skipped:
+            return b""
+        if not self._is_piece(token_id):
+            return self._text_of_added.get(token_id, "").encode()
+        piece: str = self._model.id_to_piece(token_id)
+        if self._model.is_byte(token_id):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace(SPACE, " ").encode()
 
     def _is_piece(self, token_id: int) -> bool:
         return 0 <= token_id < self._num_pieces and token_id not in self._text_of_added

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from models.checkpoints.spec import Tokenization
 
 IMAGE_PLACEHOLDER = "<image>"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's visible space."""
 SENTENCEPIECE_FILE = "tokenizer.model"
 SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "LlamaTokenizerFast")
 """Classes whose `tokenizer.model` is a SentencePiece model with Llama's added-token rules."""
@@ -43,6 +45,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that are in no vocabulary are passed over. Bytes that make
         no character are U+FFFD."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for inside a text. Nothing for special tokens, and for ids that
+        are in no vocabulary. A space at the very beginning of a text may be dropped by `decode`."""
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:

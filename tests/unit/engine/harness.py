@@ -4,6 +4,7 @@ backend: seconds for thousands of steps."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,8 +35,13 @@ CPU = torch.device("cpu")
 class LetterTokenizer:
     """Token n is one character; EOS is nothing."""
 
+    vocab_size = VOCAB
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(0x20 + i) for i in ids if i != EOS)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == EOS else chr(0x20 + token_id).encode()
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,13 @@ def request(
     )
 
 
+def wait_for_guides(core: EngineCore) -> None:
+    wait([seq.guide for seq in core.scheduler.waiting if seq.guide is not None])
+
+
 def run_all(core: EngineCore, max_steps: int = 2000) -> list[GenerationDelta]:
     """Steps until idle, checking the accounting of every block after each step."""
+    wait_for_guides(core)
     deltas: list[GenerationDelta] = []
     for _ in range(max_steps):
         if not core.has_work:
@@ -145,8 +156,13 @@ def answers(deltas: Sequence[GenerationDelta]) -> dict[str, list[int]]:
     return out
 
 
-def alone(req: GenerationRequest) -> list[int]:
-    """The request's tokens with the engine to itself, uncached, unchunked, never preempted."""
+def alone_deltas(req: GenerationRequest) -> list[GenerationDelta]:
+    """The request's answer with the engine to itself, uncached, unchunked, never preempted."""
     core = build_core(blocks=64, seqs=1, budget=256, caching=False)
     core.add(req)
-    return answers(run_all(core))[req.request_id]
+    return run_all(core)
+
+
+def alone(req: GenerationRequest) -> list[int]:
+    """Its tokens."""
+    return answers(alone_deltas(req))[req.request_id]

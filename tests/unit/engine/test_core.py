@@ -12,19 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.engine.core import EngineCore
-from models.engine.messages import GenerationRequest
+from models.engine.guide import Guide
+from models.engine.messages import GenerationDelta, GenerationRequest, TokenLogprobs
 from models.errors import EngineFault, RequestAborted, RequestTimeout
 from tests.unit.engine.harness import (
     VOCAB,
     Picture,
     alone,
+    alone_deltas,
     answers,
     build_core,
     request,
     run_all,
+    wait_for_guides,
 )  # fmt: skip
 
 PICTURES = [Picture(b"\x01", 6), Picture(b"\x02", 6), Picture(b"\x03", 9)]
+
+
+GUIDES = [Guide("regex", "[A-Z]{2,30}"), Guide("choice", '["YES", "NO", "NONE"]')]
 
 
 @st.composite
@@ -43,7 +49,26 @@ def requests(draw: st.DrawFn, name: str) -> GenerationRequest:
         params |= draw(st.sampled_from([{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]))
     if draw(st.booleans()):
         params["repetition_penalty"] = 1.2
+    if draw(st.booleans()):
+        params |= {"presence_penalty": 0.5, "frequency_penalty": draw(st.sampled_from([-0.5, 0.5]))}
+    if draw(st.booleans()):
+        params |= {"logit_bias": {draw(st.integers(2, VOCAB - 1)): 2.5}, "min_tokens": 1}
+    params["logprobs"] = draw(st.sampled_from([None, 0, 3]))
+    params["guide"] = draw(st.sampled_from([None, None, *GUIDES]))
     return request(name, tokens, pictures, **params)
+
+
+def logprobs_of(deltas: list[GenerationDelta], request_id: str) -> list[TokenLogprobs]:
+    return [lp for delta in deltas if delta.request_id == request_id for lp in delta.logprobs]
+
+
+def near(got: list[TokenLogprobs], alone: list[GenerationDelta], tokens: list[int]) -> None:
+    """The same log-probabilities, one for each token, up to rounding."""
+    expected = [lp for delta in alone for lp in delta.logprobs][: len(got)]
+    assert [lp.token_id for lp in got] == tokens
+    for a, b in zip(got, expected, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+        assert [v for _, v in a.top] == pytest.approx([v for _, v in b.top], abs=1e-3)
 
 
 @settings(max_examples=50)
@@ -64,6 +89,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(data: st.DataObject) -> 
         if coming and (not core.has_work or data.draw(st.booleans(), "arrival")):
             arrived.append(coming.pop(0))
             core.add(arrived[-1])
+            wait_for_guides(core)
         if arrived and data.draw(st.integers(0, 15), "abort") == 0:
             victim = data.draw(st.sampled_from(arrived)).request_id
             aborted |= {delta.request_id for delta in core.abort(victim)}
@@ -74,6 +100,10 @@ def test_an_answer_is_the_same_alone_and_in_any_company(data: st.DataObject) -> 
     got = answers(deltas)
     for req in arrived:
         expected = alone(req)
+        if req.params.logprobs is not None:
+            near(
+                logprobs_of(deltas, req.request_id), alone_deltas(req), got.get(req.request_id, [])
+            )
         if req.request_id in aborted:
             assert got.get(req.request_id, []) == expected[: len(got.get(req.request_id, []))]
         else:
@@ -107,6 +137,27 @@ def test_preemption_happens_and_changes_nothing() -> None:
     got = answers(run_all(core))
     assert core.stats().num_preemptions > 0
     assert got == {req.request_id: alone(req) for req in reqs}
+
+
+def test_preemption_keeps_penalties_logprobs_and_guides() -> None:
+    reqs = [
+        request(
+            f"r{i}", range(2 + i, 22 + i), max_new_tokens=25, temperature=1.0, seed=i, logprobs=2,
+            frequency_penalty=0.3, presence_penalty=0.2, guide=Guide("regex", "[A-Z]{40}"),
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    core = build_core(blocks=20, seqs=4, budget=16, caching=False)
+    for req in reqs:
+        core.add(req)
+    deltas = run_all(core)
+    assert core.stats().num_preemptions > 0
+    got = answers(deltas)
+    for req in reqs:
+        assert got[req.request_id] == alone(req)
+        near(logprobs_of(deltas, req.request_id), alone_deltas(req), got[req.request_id])
+        text = "".join(d.text for d in deltas if d.request_id == req.request_id)
+        assert len(text) == 25 and text.isalpha() and text.isupper()
 
 
 def test_requests_are_admitted_in_their_order() -> None:
@@ -248,6 +299,12 @@ EDGES = st.fixed_dictionaries(
         "stop": st.sampled_from(["", "a", "zz"]),
         "stop_token_ids": st.sampled_from([(), (0,), (VOCAB - 1, VOCAB, 10**30)]),
         "ignore_eos": st.booleans(),
+        "presence_penalty": st.sampled_from([-2.0, 2.0]),
+        "frequency_penalty": st.sampled_from([-2.0, 2.0]),
+        "logit_bias": st.sampled_from([{0: -100.0}, {VOCAB - 1: 100}, {VOCAB + 5: 1.0}]),
+        "min_tokens": st.sampled_from([0, 1]),
+        "logprobs": st.sampled_from([0, 20]),
+        "guide": st.sampled_from(GUIDES),
     },
 )
 
@@ -298,6 +355,27 @@ def test_finish_reasons() -> None:
     deltas = run_all(core)
     assert deltas[-1].finish_reason == "length", "the context is the limit"
     assert deltas[-1].usage.total_tokens == 16
+
+
+def test_min_tokens_and_stop_reasons() -> None:
+    def finish(**params: Any) -> tuple[GenerationDelta, list[int], str]:
+        core = build_core()
+        core.add(request("r", [9, 8, 7], ignore_eos=True, **params))
+        deltas = run_all(core)
+        return deltas[-1], answers(deltas)["r"], "".join(d.text for d in deltas)
+
+    last, tokens, text = finish(max_new_tokens=8)
+    assert last.stop_reason is None
+    first = tokens.index(tokens[3])
+    last, _, _ = finish(max_new_tokens=8, stop_token_ids=(tokens[3],))
+    assert (last.finish_reason, last.stop_reason) == ("stop", tokens[3])
+    last, some, cut = finish(max_new_tokens=8, stop=("nothing", text[1:3]))
+    assert (last.finish_reason, last.stop_reason, cut) == ("stop", text[1:3], text[:1])
+    assert len(some) == 3
+    last, later, _ = finish(max_new_tokens=8, stop_token_ids=(tokens[3],), min_tokens=7)
+    assert tokens[3] not in later[:7] and later[:first] == tokens[:first] and len(later) >= 7
+    last, _, kept = finish(max_new_tokens=8, stop=(text[1:3],), min_tokens=3)
+    assert kept.startswith(text[:3]), "a stop string that came too early is a part of the text"
 
 
 def test_end_of_sequence_is_counted_but_not_shown() -> None:

@@ -1,0 +1,134 @@
+"""A checkpoint of real size on this machine: how long it loads, what it takes, how fast it answers.
+
+    python -m models.checkpoints synthesize --like vila1.5-3b --scale full \\
+        --format llm-awq-v2 /tmp/VILA1.5-3b
+    python -m benchmarks.full_scale /tmp/VILA1.5-3b [--record NAME]
+
+Each way runs in a process of its own, since a process's peak of memory is never lowered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks.machine import busy_cpus, describe_machine
+from benchmarks.report import RECORDS
+from models import Engine, SamplingParams, load_engine
+
+TOKENS = 32
+STREAMS = (1, 4)
+CONTEXT = 1024
+PROMPT = "USER: <image>\nWhat is in this picture, and what is it for? ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """
+    Attributes:
+        load_s: until the engine takes requests.
+        checkpoint_gb: bytes of all files with weights.
+        loading_peak_gb: of the process's memory until then.
+        first_token_s: with one picture and an empty cache, one stream.
+        tokens_per_s: after each first token, by the number of streams.
+    """
+
+    backend: str
+    load_s: float
+    checkpoint_gb: float
+    loading_peak_gb: float
+    first_token_s: float
+    tokens_per_s: dict[str, float]
+
+
+def measure(folder: Path, bf16_copy: bool) -> Figures:
+    before = time.monotonic()
+    base = _peak_gb()
+    with load_engine(
+        folder, max_model_len=CONTEXT, max_num_seqs=max(STREAMS), bf16_copy=bf16_copy
+    ) as engine:
+        load_s, peak = time.monotonic() - before, _peak_gb() - base
+        first, speed = [], {}
+        for streams in STREAMS:
+            firsts, tokens_per_s = asyncio.run(_ask(engine, streams))
+            first += firsts
+            speed[str(streams)] = tokens_per_s
+        return Figures(
+            engine.description()["backend"], load_s, _weights_gb(folder), peak, first[0], speed
+        )
+
+
+async def _ask(engine: Engine, streams: int) -> tuple[list[float], float]:
+    """(seconds to each first token, tokens per second of all streams after the last of them)."""
+    params = SamplingParams(temperature=0, max_new_tokens=TOKENS, ignore_eos=True)
+    arrivals: list[list[float]] = []
+
+    async def answer(picture: Image.Image) -> None:
+        times: list[float] = []
+        arrivals.append(times)
+        async for delta in engine.stream(PROMPT, [picture], params):
+            times += [time.monotonic()] * len(delta.token_ids)
+
+    pictures = [
+        Image.fromarray(torch.randint(0, 256, (336, 448, 3), dtype=torch.uint8).numpy())
+        for _ in range(streams)
+    ]
+    asked = time.monotonic()
+    await asyncio.gather(*map(answer, pictures))
+    all_running = max(times[0] for times in arrivals)
+    ends = min(times[-1] for times in arrivals)
+    tokens = sum(all_running < moment <= ends for times in arrivals for moment in times)
+    return [times[0] - asked for times in arrivals], tokens / (ends - all_running)
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _weights_gb(folder: Path) -> float:
+    kinds = (".pt", ".safetensors", ".bin")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in kinds) / 1e9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_scale")
+    parser.add_argument("folder", type=Path, help="a checkpoint")
+    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    options = parser.parse_args(arguments)
+    busy = busy_cpus()
+    results = []
+    for bf16_copy in (False, True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            figures = pool.apply(measure, (options.folder, bf16_copy))
+        results.append(figures)
+        speeds = ", ".join(f"{v:.1f} with {n}" for n, v in figures.tokens_per_s.items())
+        print(
+            f"{figures.backend}: loaded in {figures.load_s:.1f} s, at most "
+            f"{figures.loading_peak_gb:.2f} GB for {figures.checkpoint_gb:.2f} GB of files "
+            f"({figures.loading_peak_gb / figures.checkpoint_gb:.2f}); first token of a picture "
+            f"question {figures.first_token_s:.1f} s; tokens/s: {speeds} stream(s)",
+            flush=True,
+        )
+    if options.record:
+        record = {
+            "machine": describe_machine(), "busy_cpus_before": busy, "model": options.folder.name,
+            "context": CONTEXT, "results": [asdict(figures) for figures in results],
+        }  # fmt: skip
+        path = RECORDS / f"{options.record}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
