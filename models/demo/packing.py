@@ -18,7 +18,13 @@ from tokenizers import Tokenizer
 
 from models.demo import questions as subject
 from models.demo.dialogue import IMAGE, Dialogue, compose, message, opening, random_system
-from models.demo.questions import LAST_WEIGHTS, Balance, Question, questions_about
+from models.demo.questions import (
+    LAST_WEIGHTS,
+    Balance,
+    Question,
+    contrasting,
+    questions_about,
+)
 from models.demo.sampling import random_scene
 from models.demo.scenes import Scene
 from models.demo.tokenizer import BEGIN, END
@@ -142,8 +148,9 @@ class RowMaker:
         if rng.random() >= self._last_share:
             trees.append(self._picture_first(about, turns_share=0.2))
         else:
-            while len(trees) < 2:
-                trees.append(self._picture_last(about))
+            first = self._pick(about, self._last_balance)
+            second = self._pick(contrasting(first, about) or about, self._last_balance)
+            trees += [self._picture_last(question, about) for question in (first, second)]
         while _length(trees) > ROW_LENGTH:
             trees.pop()
         if not trees:  # an uncommonly long system prompt and question
@@ -171,9 +178,10 @@ class RowMaker:
             tree.branches.append(branch)
         return tree
 
-    def _picture_last(self, about: list[Question]) -> Tree:
-        turns = 2 if self._rng.random() < 0.2 else 1
-        asked = [self._pick(about, self._last_balance) for _ in range(turns)]
+    def _picture_last(self, question: Question, about: list[Question]) -> Tree:
+        asked = [question]
+        if self._rng.random() < 0.2:
+            asked.append(self._pick(about, self._last_balance))
         dialogue = compose(asked, random_system(self._rng), "after", self._rng)
         return Tree(self._encoder.dialogue(dialogue))
 

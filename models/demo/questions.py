@@ -27,6 +27,7 @@ PLACES = (
     ("on the left", "in the middle", "on the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
+OPPOSITES = (("It is above.", "It is below."), ("It is to the left.", "It is to the right."))
 YES, NO = "Yes, there is.", "No, there is not."
 EMPTY = "The image is empty."
 NO_PICTURE = "Please send a picture first."
@@ -42,9 +43,9 @@ KIND_WEIGHTS: Mapping[str, float] = {
 }  # fmt: skip
 """How often each kind is asked of a picture, relative to the others."""
 LAST_WEIGHTS: Mapping[str, float] = {
-    "colour": 1.0, "shape": 1.2, "where": 2.4, "side": 4.0, "exists": 1.2, "count": 0.4,
-    "count_of": 3.0, "describe_1": 0.2, "describe_2": 0.3, "describe_3": 0.4, "empty": 0.1,
-    "number": 0.6, "describe_number": 0.2, "absent": 1.8,
+    "colour": 1.3, "shape": 1.2, "where": 1.8, "side": 16.0, "exists": 1.0, "count": 0.4,
+    "count_of": 2.0, "describe_1": 0.2, "describe_2": 0.3, "describe_3": 0.4, "empty": 0.1,
+    "number": 0.5, "describe_number": 0.2, "absent": 1.4,
 }  # fmt: skip
 """The same, where the picture comes after its question: most for what is learned last there."""
 
@@ -103,6 +104,15 @@ def questions_about(scene: Scene, rng: Random) -> list[Question]:
         return found
     found += [*_counts(scene, rng), *_attributes(scene, rng), *_sides(scene, rng)]
     return found
+
+
+def contrasting(question: Question, about: Sequence[Question]) -> list[Question]:
+    """Those of the same kind with the opposite answer, or else with another one. Whoever has to
+    answer both about one picture cannot go by the picture or by the words alone."""
+    alike = [other for other in about if other.kind == question.kind]
+    opposite = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}.get(question.answer)
+    opposed = [other for other in alike if other.answer == opposite]
+    return opposed or [other for other in alike if other.answer != question.answer]
 
 
 def chat(rng: Random) -> Question:

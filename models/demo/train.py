@@ -87,6 +87,9 @@ class Schedule:
             "picture last again", 1000, muon_rate=1.8e-3, adam_rate=0.8e-3, patches_weight=0.0,
             last_share=0.8,
         ),
+        Phase(
+            "sides", 1300, muon_rate=2.2e-3, adam_rate=1.0e-3, patches_weight=0.0, last_share=0.85
+        ),
     )  # fmt: skip
     warmup: int = 40
     clip: float = 1.0
