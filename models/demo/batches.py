@@ -72,7 +72,7 @@ def make_batches(
 
 def stacked(rows: Sequence[Row]) -> dict[str, Tensor]:
     """The rows' arrays, those that a batch has under the same names."""
-    names = ("ids", "picture", "position", "tree", "branch")
+    names = ("ids", "picture", "position", "tree", "branch", "role")
     return {
         name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names
     }

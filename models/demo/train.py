@@ -3,8 +3,9 @@
     python -m models.demo.train [--output FOLDER] [--start FOLDER] [--quick]
 
 First the tower alone learns what lies on each patch, then everything together learns to answer,
-in four rounds, of which the last two dwell on pictures that come after their question. The phases
-of the stored checkpoint took 81 minutes on two shared CPU cores.
+in seven rounds. Most of them dwell on pictures that come after their question, and one on what
+answers alone do not teach there: which words and patches are what is asked about, and which are
+what that is compared with.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Phase:
     Attributes:
         rows: in a step, each about one picture.
         muon_rate, adam_rate: at their peak; the tower's are `tower_factor` of them.
-        patches_weight, words_weight: of the auxiliary losses; the answers' weight is 1.
+        patches_weight, words_weight, roles_weight: of the auxiliary losses; the answers' is 1.
         least: share of the peak rates at the end.
         last_share: of the rows whose questions come before the picture. Fewer of these fit into a
             row, and they need other ways of looking, which come later.
@@ -56,6 +57,7 @@ class Phase:
     tower_factor: float = 0.4
     patches_weight: float = 0.2
     words_weight: float = 0.2
+    roles_weight: float = 0.0
     least: float = 0.01
     last_share: float = 0.28
     tower_only: bool = False
@@ -88,7 +90,15 @@ class Schedule:
             last_share=0.8,
         ),
         Phase(
-            "sides", 1300, muon_rate=2.2e-3, adam_rate=1.0e-3, patches_weight=0.0, last_share=0.85
+            "sides", 900, muon_rate=2.2e-3, adam_rate=1.0e-3, patches_weight=0.0, last_share=0.85
+        ),
+        Phase(
+            "roles", 900, muon_rate=3.0e-3, adam_rate=1.2e-3, patches_weight=0.0, roles_weight=0.5,
+            last_share=0.9,
+        ),
+        Phase(
+            "all again", 800, muon_rate=1.8e-3, adam_rate=0.8e-3, patches_weight=0.0,
+            roles_weight=0.2, last_share=0.55,
         ),
     )  # fmt: skip
     warmup: int = 40
@@ -152,7 +162,9 @@ class Trainer:
             tower_factor=phase.tower_factor,
         )  # fmt: skip
         run = _runner(self.network, self.compiled, phase.tower_only)
-        held_out = next(make_batches(self.tokenizer, schedule.check_rows, "check"))
+        held_out = next(
+            make_batches(self.tokenizer, schedule.check_rows, "check", phase.last_share)
+        )
         bar = tqdm(
             islice(batches, phase.steps), phase.name, phase.steps, unit="step", mininterval=2
         )
@@ -162,6 +174,7 @@ class Trainer:
                 losses.answers
                 + phase.patches_weight * losses.patches
                 + phase.words_weight * losses.words
+                + phase.roles_weight * losses.roles.sum()
             )
             self.network.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
@@ -188,7 +201,10 @@ def _runner(network: Network, compiled: bool, tower_only: bool) -> Callable[[Bat
 
 
 def _figures(losses: Losses) -> dict[str, str]:
-    return {name: f"{value.item():.3f}" for name, value in losses._asdict().items()}
+    return {
+        name: ",".join(f"{one:.3f}" for one in value.flatten().tolist())
+        for name, value in losses._asdict().items()
+    }
 
 
 def _share(step: int, steps: int, warmup: int, least: float) -> float:
