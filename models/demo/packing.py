@@ -151,16 +151,19 @@ class Row:
 class RowMaker:
     """Rows about given scenes; what is asked is balanced over all rows that it has made."""
 
-    def __init__(self, tokenizer: Tokenizer, rng: Random, last_share: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, rng: Random, last_share: float, last_sides: float
+    ) -> None:
         """
         Args:
             last_share: of the rows whose questions come before the picture.
+            last_sides: the weight of questions about sides among those.
         """
         self._last_share = last_share
         self._encoder = Encoder(tokenizer)
         self._rng = rng
         self._first_balance = Balance()
-        self._last_balance = Balance(LAST_WEIGHTS)
+        self._last_balance = Balance({**LAST_WEIGHTS, "side": last_sides})
 
     def row(self, scene: Scene) -> Row:
         rng = self._rng

@@ -43,9 +43,9 @@ KIND_WEIGHTS: Mapping[str, float] = {
 }  # fmt: skip
 """How often each kind is asked of a picture, relative to the others."""
 LAST_WEIGHTS: Mapping[str, float] = {
-    "colour": 1.3, "shape": 1.0, "where": 2.0, "side": 8.0, "exists": 1.0, "count": 0.6,
-    "count_of": 2.2, "describe_1": 0.2, "describe_2": 0.3, "describe_3": 0.5, "empty": 0.1,
-    "number": 0.8, "describe_number": 0.2, "absent": 1.6,
+    "colour": 1.0, "shape": 1.2, "where": 2.4, "side": 4.0, "exists": 1.2, "count": 0.4,
+    "count_of": 3.0, "describe_1": 0.2, "describe_2": 0.3, "describe_3": 0.4, "empty": 0.1,
+    "number": 0.6, "describe_number": 0.2, "absent": 1.8,
 }  # fmt: skip
 """The same, where the picture comes after its question: most for what is learned last there."""
 

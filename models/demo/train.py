@@ -32,6 +32,7 @@ from models.demo.labels import WORDS
 from models.demo.network import Batch, Losses, Network, NetworkConfig
 from models.demo.optimizer import Optimizer
 from models.demo.progress import exact_matches, table
+from models.demo.questions import LAST_WEIGHTS
 from models.demo.teacher import load_network
 from models.demo.tokenizer import train_tokenizer, word_ids
 
@@ -46,6 +47,7 @@ class Phase:
         least: share of the peak rates at the end.
         last_share: of the rows whose questions come before the picture. Fewer of these fit into a
             row, and they need other ways of looking, which come later.
+        last_sides: the weight of sides among those questions.
         tower_only: the language model's layers rest.
     """
 
@@ -60,6 +62,7 @@ class Phase:
     roles_weight: float = 0.0
     least: float = 0.01
     last_share: float = 0.28
+    last_sides: float = LAST_WEIGHTS["side"]
     tower_only: bool = False
 
 
@@ -90,15 +93,16 @@ class Schedule:
             last_share=0.8,
         ),
         Phase(
-            "sides", 900, muon_rate=2.2e-3, adam_rate=1.0e-3, patches_weight=0.0, last_share=0.85
+            "sides", 900, muon_rate=2.2e-3, adam_rate=1.0e-3, patches_weight=0.0,
+            last_share=0.85, last_sides=16.0,
         ),
         Phase(
             "roles", 900, muon_rate=3.0e-3, adam_rate=1.2e-3, patches_weight=0.0, roles_weight=0.5,
-            last_share=0.9,
+            last_share=0.9, last_sides=16.0,
         ),
         Phase(
-            "all again", 800, muon_rate=1.8e-3, adam_rate=0.8e-3, patches_weight=0.0,
-            roles_weight=0.2, last_share=0.55,
+            "all again", 320, muon_rate=1.6e-3, adam_rate=0.7e-3, patches_weight=0.0,
+            roles_weight=0.2, last_share=0.4,
         ),
     )  # fmt: skip
     warmup: int = 40
@@ -140,6 +144,7 @@ class Trainer:
     @classmethod
     def from_checkpoint(cls, folder: Path, schedule: Schedule, output: Path, seed: int) -> Trainer:
         """With its weights and tokenizer, and only the last phase to go, which needs no more."""
+        torch.manual_seed(seed)  # for the auxiliary heads, which are not in a checkpoint
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         network = load_network(folder, "W16A16").requires_grad_(True)
         network.words = [torch.tensor(word_ids(tokenizer, words)) for words in WORDS]
@@ -149,7 +154,9 @@ class Trainer:
         started = time.monotonic()
         for phase in self.schedule.phases:
             seed = f"{phase.name}:{self.seed}"
-            with batches_ahead(self.tokenizer, phase.rows, seed, phase.last_share) as batches:
+            with batches_ahead(
+                self.tokenizer, phase.rows, seed, phase.last_share, phase.last_sides
+            ) as batches:
                 self._run(phase, batches)
             minutes = (time.monotonic() - started) / 60
             print(f"{phase.name}: done after {minutes:.1f} minutes", flush=True)
