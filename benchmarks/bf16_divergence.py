@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
-from benchmarks.machine import describe_machine
-from benchmarks.report import RECORDS
+from benchmarks.report import write_figures
 from models import Engine, SamplingParams, load_engine
 from models.demo import DEMO_CHECKPOINT
 from models.demo.held_out import held_out
@@ -140,14 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found.append(divergence)
         print(divergence, flush=True)
     if options.record:
-        record = {
-            "model": options.model_path.name,
-            "machine": describe_machine(),
-            "results": [divergence.as_json() for divergence in found],
-        }
-        path = RECORDS / f"{options.record}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_figures(
+            options.record, model=options.model_path.name,
+            results=[divergence.as_json() for divergence in found],
+        )  # fmt: skip
     control = [d for d in found if d.dtype == "float32"]
     return 1 if any(d.first_differences for d in control) else 0
 

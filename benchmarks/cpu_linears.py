@@ -10,7 +10,6 @@ other, and what share of the memory's speed one row reaches.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.machine import describe_machine
-from benchmarks.report import RECORDS
+from benchmarks.report import write_figures
 from models.awq import quantize_rtn
 from models.awq.backends.base import Shape
 from models.awq.backends.cpu_int4 import CpuInt4
@@ -107,12 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ratios = " | ".join(f"{timing.bf16_ms / timing.int4_ms:.2f}" for timing in own)
         print(f"| {layer} | {ratios} | {own[0].int4_gb_per_s / limit:.0%} |")
     if options.record:
-        record = {
-            "machine": describe_machine(), "threads": options.threads, "group": GROUP,
-            "read_gb_per_s": limit, "timings": [asdict(timing) for timing in timings],
-        }  # fmt: skip
-        path = RECORDS / f"{options.record}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_figures(
+            options.record, threads=options.threads, group=GROUP, read_gb_per_s=limit,
+            timings=[asdict(timing) for timing in timings],
+        )  # fmt: skip
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import resource
 import sys
@@ -23,8 +22,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.machine import busy_cpus, describe_machine
-from benchmarks.report import RECORDS
+from benchmarks.machine import busy_cpus
+from benchmarks.report import write_figures
 from models import Engine, SamplingParams, load_engine
 
 TOKENS = 32
@@ -121,12 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.record:
-        record = {
-            "machine": describe_machine(), "busy_cpus_before": busy, "model": options.folder.name,
-            "context": CONTEXT, "results": [asdict(figures) for figures in results],
-        }  # fmt: skip
-        path = RECORDS / f"{options.record}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_figures(
+            options.record, model=options.folder.name, busy_cpus_before=busy, context=CONTEXT,
+            results=[asdict(figures) for figures in results],
+        )  # fmt: skip
     return 0
 
 

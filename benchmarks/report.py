@@ -37,15 +37,18 @@ def write_record(
     name: str, model: str, results: Results, goals: Sequence[Goal], **more: Any
 ) -> None:
     """`benchmarks/records/<name>.json`, and its plot where matplotlib is installed."""
+    more["goals"] = [goal.as_json() for goal in goals]
+    write_figures(name, model=model, **more, **results.as_json())
+    plot(results, RECORDS / f"{name}.png")
+
+
+def write_figures(name: str, **figures: Any) -> None:
+    """`benchmarks/records/<name>.json`: the figures, and the machine that they are of."""
     RECORDS.mkdir(exist_ok=True)
-    record = {
-        "model": model, "machine": describe_machine(), **more,
-        "goals": [goal.as_json() for goal in goals], **results.as_json(),
-    }  # fmt: skip
     path = RECORDS / f"{name}.json"
+    record = {"machine": describe_machine(), **figures}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}")
-    plot(results, RECORDS / f"{name}.png")
 
 
 def plot(results: Results, path: Path) -> None:

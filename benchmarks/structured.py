@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.machine import describe_machine
-from benchmarks.report import RECORDS
+from benchmarks.report import write_figures
 from models import Engine, Guide, SamplingParams, load_engine
 from models.demo import DEMO_CHECKPOINT
 
@@ -94,17 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, speeds in found.items():
         print(f"| {name} | {median(speeds):.0f} | {ratios[name]:.1%} |")
     if options.record:
-        record = {
-            "model": options.model_path.name,
-            "machine": describe_machine(),
-            "streams": options.streams,
-            "tokens": options.tokens,
-            "tokens_per_s": found,
-            "ratios": ratios,
-        }
-        path = RECORDS / f"{options.record}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_figures(
+            options.record, model=options.model_path.name, streams=options.streams,
+            tokens=options.tokens, tokens_per_s=found, ratios=ratios,
+        )  # fmt: skip
     return 0 if min(ratios.values()) >= GOAL else 1
 
 

@@ -36,7 +36,8 @@ def build(args: AppConfig) -> serve.Application:
         max_ongoing_requests=plan.max_ongoing_requests,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=5,
+        # Three checks in a row must fail before Serve replaces a replica whose engine has died.
+        health_check_period_s=2,
         health_check_timeout_s=30,
     )
     model = deployment(serve.ingress()(ModelReplica))

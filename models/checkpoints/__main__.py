@@ -135,11 +135,8 @@ def _synthesize(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from models.checkpoints import locations
     from models.checkpoints.inspection import inspect_checkpoint, render
 
-    # Looking must not start a download.
-    locations.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     inspection = inspect_checkpoint(
         options.path,
         options.quant_path,

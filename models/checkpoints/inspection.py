@@ -64,7 +64,8 @@ def inspect_checkpoint(
     context: int | None = None,
     concurrency: int | None = None,
 ) -> Inspection:
-    """
+    """Reads headers and configs; downloads nothing.
+
     Args:
         precision: default: W4A16 where that can be served, else W16A16.
         context: tokens of each request; default: as many as the model takes.
@@ -174,7 +175,7 @@ def _open(
     problems: dict[str, str] = {}
     for candidate in (precision,) if precision else PRECISIONS:
         try:
-            return open_checkpoint(model_path, quant_path, candidate)
+            return open_checkpoint(model_path, quant_path, candidate, may_download=False)
         except CheckpointError as error:
             problems[candidate] = str(error)
     if len(set(problems.values())) == 1:

@@ -52,7 +52,9 @@ class Location:
     name: str
 
 
-def locate(model_path: str | Path, what: str = "model_path") -> Location:
+def locate(
+    model_path: str | Path, what: str = "model_path", *, may_download: bool = True
+) -> Location:
     """A folder as it is; a Hub id from the local cache, else from the Hub.
 
     Raises:
@@ -66,7 +68,7 @@ def locate(model_path: str | Path, what: str = "model_path") -> Location:
         raise CheckpointError(
             f"{what} {text!r} is no folder, nor of the form of a Hub id (owner/name)"
         )
-    return Location(_from_hub(text, what), text.rpartition("/")[2])
+    return Location(_from_hub(text, what, may_download), text.rpartition("/")[2])
 
 
 def find_awq(
@@ -167,7 +169,7 @@ def _name_of(folder: Path) -> str:
     return folder.name
 
 
-def _from_hub(repository: str, what: str) -> Path:
+def _from_hub(repository: str, what: str, may_download: bool) -> Path:
     incomplete: str | None = None
     try:
         return _download(repository, local_files_only=True)
@@ -175,9 +177,9 @@ def _from_hub(repository: str, what: str) -> Path:
         # Some releases of huggingface_hub notice that a cached snapshot lacks files.
         incomplete = getattr(error, "snapshot_path", None)
     try:
-        if not HF_HUB_OFFLINE:
+        if may_download and not HF_HUB_OFFLINE:
             return _download(repository, local_files_only=False)
-        reason = "HF_HUB_OFFLINE is set"
+        reason = "HF_HUB_OFFLINE is set" if may_download else "nothing is downloaded here"
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = f"the Hub gave none ({type(error).__name__})"
     if incomplete is not None:

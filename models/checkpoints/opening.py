@@ -23,6 +23,7 @@ def open_checkpoint(
     *,
     template: str | None = None,
     token_order: TokenOrder | None = None,
+    may_download: bool = True,
 ) -> Checkpoint:
     """Finds a model's files and reads their headers and configs; no weights yet.
 
@@ -35,6 +36,7 @@ def open_checkpoint(
             "tokenizer" is the checkpoint's own.
         token_order: "row" or "column", in which `mlp_downsample` emits its grid, instead of the
             one of the checkpoint's era.
+        may_download: from the Hub, what is in no folder and not in the local cache.
 
     Raises:
         CheckpointError: the files cannot be served; says which and why.
@@ -48,7 +50,7 @@ def open_checkpoint(
             raise ConfigurationError(f"{name} is {value!r}; it must be one of {choices}")
     if template is not None:
         TEMPLATES[template]  # raises for an unknown one, before anything is looked for
-    location = locate(model_path)
+    location = locate(model_path, may_download=may_download)
     config = JsonConfig.read(location.root / "config.json", "config.json")
     for name in LAYOUTS:
         layout = LAYOUTS[name]
@@ -60,7 +62,9 @@ def open_checkpoint(
                     location.name, name,
                 )  # fmt: skip
             return layout.open(
-                Request(location, config, quant_path, precision, template, token_order)
+                Request(
+                    location, config, quant_path, precision, template, token_order, may_download
+                )
             )
     own_code = "the code that auto_map names is never run; " if "auto_map" in config else ""
     raise CheckpointError(

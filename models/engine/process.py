@@ -9,7 +9,7 @@ ProcessHost(arguments) ── arguments ──> load_core(**arguments)
               ready <──── Ready ─────── or the exception that it raised
 post ─> writer ──── GenerationRequest, Abort, Close ──> reader ─> EngineLoop.post
 deliver <─ reader <── Step (deltas, stats) ──────────── EngineLoop.run
-stopped <─ reader <── Stopped ───────────────────────── its end
+stopped <─ reader <── Ended (reason, stats) ─────────── its end
 
 Either side ends when the other one does, which it learns from its closed socket.
 """

@@ -1,4 +1,4 @@
-"""A replica is killed while it streams."""
+"""A replica, or its engine's process, is killed while it streams."""
 
 from __future__ import annotations
 
@@ -44,13 +44,33 @@ def test_the_stream_ends_the_replica_comes_back_and_answers_truly(mortal: Worker
             list(records)
         assert time.monotonic() - started < RECOVERY_S
 
+    wait_until_recovered(mortal)
+
+
+def test_an_engine_that_is_killed_is_said_to_be_dead_and_comes_back(mortal: Worker) -> None:
+    with mortal.stream(
+        prompt=prompt_of("What?"), images=[base64_of(simple_scene("red", "circle"))],
+        max_new_tokens=900, ignore_eos=True,
+    ) as records:  # fmt: skip
+        next(records)
+        next(records)
+        (engine,) = [
+            process for process in replica_process("mortal").children()
+            if "models.engine.child" in process.cmdline()
+        ]  # fmt: skip
+        engine.kill()
+        *_, last = records
+    assert (last["error_code"], last["error_type"]) == (1, "engine_dead")
+    wait_until_recovered(mortal)
+
+
+def wait_until_recovered(worker: Worker) -> None:
     def answers() -> bool:
         try:
-            answer = mortal.ask(simple_scene("blue", "star"), "What is in this image?")
+            answer = worker.ask(simple_scene("blue", "star"), "What is in this image?")
         except (AssertionError, requests.RequestException, ValueError):
             return False
         return answer == "The image shows a blue star."
 
-    started = time.monotonic()
     wait_until(answers, "the next request is answered", RECOVERY_S)
-    mortal.wait_until_empty()
+    worker.wait_until_empty()

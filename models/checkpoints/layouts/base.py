@@ -24,6 +24,7 @@ class Request:
         config: the folder's config.json.
         template: instead of the one that the name suggests.
         token_order: instead of the one of the checkpoint's era.
+        may_download: from the Hub, what is in no folder and not in the local cache.
     """
 
     location: Location
@@ -32,6 +33,7 @@ class Request:
     precision: Precision
     template: str | None
     token_order: TokenOrder | None
+    may_download: bool
 
 
 class Layout(ABC):

@@ -57,7 +57,7 @@ class LlavaLayout(Layout):
         language = _language(awq or own)
         check_precision(language, request, [root.name])
 
-        tower_folder = self._tower_folder(root, config)
+        tower_folder = self._tower_folder(request)
         language_config = read_language_config(config)
         vision = read_vision(tower_folder, root, model_config=config, select_feature="patch")
         merge = _merge(config, vision.preprocessing.mode)
@@ -91,13 +91,14 @@ class LlavaLayout(Layout):
             _tower([awq, own], tower_folder, root),
         )
 
-    def _tower_folder(self, root: Path, config: JsonConfig) -> Path:
+    def _tower_folder(self, request: Request) -> Path:
         """`mm_vision_tower`: a folder, relative to the checkpoint or absolute, or a Hub id."""
-        name = config.require("mm_vision_tower", str)
-        inside = root / name
+        name = request.config.require("mm_vision_tower", str)
+        inside = request.location.root / name
         if inside.is_dir():
             return inside
-        return locate(name, f"mm_vision_tower in {config.label}").root
+        what = f"mm_vision_tower in {request.config.label}"
+        return locate(name, what, may_download=request.may_download).root
 
 
 def _merge(config: JsonConfig, mode: str) -> PatchMerge:

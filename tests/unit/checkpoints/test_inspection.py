@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from models import load_engine
@@ -188,7 +189,7 @@ def test_nothing_is_downloaded(
 
     def download(repository: str, local_files_only: bool) -> Path:
         asked.append(local_files_only)
-        raise locations.LocalEntryNotFoundError("not here")  # type: ignore[attr-defined]
+        raise LocalEntryNotFoundError("not here")
 
     monkeypatch.setattr(locations, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(locations, "_download", download)
