@@ -21,6 +21,7 @@ from deployments.openai_messages import Picture
 from deployments.openai_request import Options
 from deployments.pacing import Update, paced
 from models import SamplingParams, Usage
+from models.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from models import Engine
@@ -123,12 +124,18 @@ class Generation:
             images = await self._images()
             streams = [self._start(index, images, interval_s) for index in range(self.num_choices)]
             del images  # each stream lets go of them once it has prepared its own
-            async with aclosing(merged(streams)) as updates:  # type: ignore[type-var]
-                del streams
-                async for index, update in updates:
-                    if update.stop_reason in self._template_stops:
-                        update.stop_reason = None  # the request did not ask for it
-                    yield index, update
+            try:
+                async with aclosing(merged(streams)) as updates:  # type: ignore[type-var]
+                    del streams
+                    async for index, update in updates:
+                        if update.stop_reason in self._template_stops:
+                            update.stop_reason = None  # the request did not ask for it
+                        yield index, update
+            except InvalidRequest as error:
+                guide = self.options.params.guide
+                if guide is None or error.field != guide.field:
+                    raise
+                raise InvalidRequest(self.options.guide_field, error.problem) from None
 
     async def _images(self) -> Any:
         """As the engine takes them: a function that decodes them, or, for several choices, what it

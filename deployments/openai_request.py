@@ -44,6 +44,7 @@ class Options:
 
     Attributes:
         model: as the request names it; "" where it names none.
+        guide_field: the field that `params.guide` comes from.
         n: answers to each prompt.
         include_usage: a streamed answer's last chunk holds the usage.
         continuous_usage: and so does each other chunk.
@@ -51,6 +52,7 @@ class Options:
 
     model: str
     params: SamplingParams
+    guide_field: str = ""
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -169,9 +171,11 @@ def _options(
         raise InvalidRequest("best_of", "is not supported; use n alone")
     stream = body.get("stream") is not None and fields.boolean("stream", body["stream"])
     usage, continuous = _stream_options(body.get("stream_options"), stream)
+    params, guide_field = parse_sampling(body, max_tokens=max_tokens, logprobs=logprobs)
     return Options(
         model="" if model is None else fields.text("model", model),
-        params=parse_sampling(body, max_tokens=max_tokens, logprobs=logprobs),
+        params=params,
+        guide_field=guide_field,
         n=n,
         stream=stream,
         include_usage=usage,

@@ -26,8 +26,9 @@ NO_GUIDE = (None, False)
 
 def parse_sampling(
     body: Mapping[str, Any], *, max_tokens: int, logprobs: int | None
-) -> SamplingParams:
-    """
+) -> tuple[SamplingParams, str]:
+    """The parameters, and the field that the answer's form comes from, "" where it is free.
+
     Args:
         max_tokens: already checked.
         logprobs: already checked; the two endpoints ask for them in different ways.
@@ -44,15 +45,17 @@ def parse_sampling(
             given[name] = fields.integer(name, body[name])
     if body.get("ignore_eos") is not None:
         given["ignore_eos"] = fields.boolean("ignore_eos", body["ignore_eos"])
-    return SamplingParams(
+    guide_field, guide = _guide(body)
+    params = SamplingParams(
         max_new_tokens=max_tokens,
         logprobs=logprobs,
         stop=_stop(body.get("stop")),
         stop_token_ids=_stop_token_ids(body.get("stop_token_ids")),
         logit_bias=_logit_bias(body.get("logit_bias")),
-        guide=_guide(body),
+        guide=guide,
         **given,
     )
+    return params, guide_field
 
 
 def _stop(value: object) -> tuple[str, ...]:
@@ -83,7 +86,7 @@ def _logit_bias(value: object) -> dict[int, float]:
     return biases
 
 
-def _guide(body: Mapping[str, Any]) -> Guide | None:
+def _guide(body: Mapping[str, Any]) -> tuple[str, Guide | None]:
     """The one form that the request asks for, by any of the names for it."""
     asked = [
         *_from_response_format(body.get("response_format")),
@@ -94,7 +97,7 @@ def _guide(body: Mapping[str, Any]) -> Guide | None:
         raise InvalidRequest(
             asked[1][0], f"cannot be combined with {asked[0][0]}; an answer has one form"
         )
-    return _build(*asked[0]) if asked else None
+    return (asked[0][0], _build(*asked[0])) if asked else ("", None)
 
 
 def _from_response_format(value: object) -> list[tuple[str, GuideKind, Any]]:
