@@ -235,6 +235,10 @@ class AllowedHosts:
     def allow(self, url: URL) -> bool:
         """Whether it may be fetched, as far as can be told before its name is resolved."""
         host = _host(url)
+        # aiohttp takes these for addresses and never resolves them; the system then reads 127.1
+        # or 2130706433 as 127.0.0.1.
+        if _literal(host) is None and (":" in host or host.replace(".", "").isdigit()):
+            return False
         if self.list_by_name(host, url.port or 0):
             return True
         if not url.is_default_port():

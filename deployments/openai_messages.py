@@ -15,8 +15,8 @@ from models.prompts.tokenizer import IMAGE_PLACEHOLDER
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant",
 }  # fmt: skip
-TEXT_TYPES = frozenset({"text", "input_text", "output_text", "refusal"})
-IMAGE_TYPES = frozenset({"image_url", "input_image"})
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
+IMAGE_TYPES = ("image_url", "input_image")
 WRITTEN_PLACEHOLDER = re.compile(re.escape(IMAGE_PLACEHOLDER))
 ESCAPED_PLACEHOLDER = IMAGE_PLACEHOLDER.replace("<", "< ")
 """What a model gets where somebody has typed the placeholder: it reads the same, and is none."""
