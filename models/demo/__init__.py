@@ -4,7 +4,7 @@ It answers questions about drawn shapes, colours, counts, positions and numbers,
 user sees true answers within a minute and the tests have a model that really looks at pictures.
 Its checkpoint loads through exactly the code that loads real checkpoints.
 
-    python -m models.demo.train       # 81 minutes on 2 shared CPU cores
+    python -m models.demo.train       # two hours on 2 shared CPU cores
     python -m models.demo.evaluate    # accuracy and loss on held-out pictures, 16-bit and 4-bit
 
     scenes.py       what a picture shows, and how it is drawn
@@ -13,7 +13,8 @@ Its checkpoint loads through exactly the code that loads real checkpoints.
     questions.py    what can be asked of a scene, and the true answers
     dialogue.py     questions -> prompts as clients send them
     tokenizer.py    trains the BPE
-    labels.py       what lies on each patch, for the auxiliary losses
+    labels.py       what lies on each patch, for two auxiliary losses
+    roles.py        which words and patches a question is about, for another
     packing.py      pictures and dialogues -> training rows
     batches.py      rows, made ahead in a process of their own
     network.py      the model as it is trained

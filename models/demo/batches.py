@@ -22,6 +22,7 @@ from models.checkpoints.spec import PreprocessingSpec
 from models.demo.labels import patch_labels
 from models.demo.network import Batch
 from models.demo.packing import NO_TARGET, PICTURE_TOKENS, Row, RowMaker
+from models.demo.questions import LAST_WEIGHTS
 from models.demo.sampling import TOWER_SIDE, photograph, random_scene
 from models.vision.preprocessing import ImagePreprocessor
 
@@ -40,15 +41,20 @@ PATIENCE_S = 5.0
 
 
 def make_batches(
-    tokenizer: Tokenizer, rows: int, seed: str, last_share: float = 0.28
+    tokenizer: Tokenizer,
+    rows: int,
+    seed: str,
+    last_share: float = 0.28,
+    last_sides: float = LAST_WEIGHTS["side"],
 ) -> Iterator[Batch]:
     """Without end, and the same for the same seed.
 
     Args:
         last_share: of the rows whose questions come before the picture.
+        last_sides: the weight of questions about sides among those.
     """
     preprocessor = ImagePreprocessor(PREPROCESSING, PICTURE_TOKENS)
-    maker = RowMaker(tokenizer, Random(f"rows:{seed}"), last_share)
+    maker = RowMaker(tokenizer, Random(f"rows:{seed}"), last_share, last_sides)
     for index in count():
         rng = Random(f"scenes:{seed}:{index}")
         scenes = [random_scene(rng) for _ in range(rows)]
@@ -72,7 +78,7 @@ def make_batches(
 
 def stacked(rows: Sequence[Row]) -> dict[str, Tensor]:
     """The rows' arrays, those that a batch has under the same names."""
-    names = ("ids", "picture", "position", "tree", "branch")
+    names = ("ids", "picture", "position", "tree", "branch", "role")
     return {
         name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names
     }
@@ -80,14 +86,20 @@ def stacked(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 @contextmanager
 def batches_ahead(
-    tokenizer: Tokenizer, rows: int, seed: str, last_share: float = 0.28
+    tokenizer: Tokenizer,
+    rows: int,
+    seed: str,
+    last_share: float = 0.28,
+    last_sides: float = LAST_WEIGHTS["side"],
 ) -> Iterator[Iterator[Batch]]:
     """`make_batches` in another process."""
     context = multiprocessing.get_context("spawn")
     queue: Queue[Any] = context.Queue(AHEAD)
     stop = context.Event()
     worker = context.Process(
-        target=_work, args=(tokenizer.to_str(), rows, seed, last_share, queue, stop), daemon=True
+        target=_work,
+        args=(tokenizer.to_str(), rows, seed, last_share, last_sides, queue, stop),
+        daemon=True,
     )
     worker.start()
 
@@ -111,12 +123,19 @@ def batches_ahead(
 
 
 def _work(
-    tokenizer: str, rows: int, seed: str, last_share: float, queue: Queue[Any], stop: Event
+    tokenizer: str,
+    rows: int,
+    seed: str,
+    last_share: float,
+    last_sides: float,
+    queue: Queue[Any],
+    stop: Event,
 ) -> None:
     torch.set_num_threads(1)
     os.nice(5)
     parent = os.getppid()
-    for batch in make_batches(Tokenizer.from_str(tokenizer), rows, seed, last_share):
+    read = Tokenizer.from_str(tokenizer)
+    for batch in make_batches(read, rows, seed, last_share, last_sides):
         message = [batch.pixels.view(torch.int16).numpy(), *(part.numpy() for part in batch[1:])]
         sent = False
         while not sent:

@@ -60,7 +60,7 @@ def export_checkpoint(network: Network, tokenizer: Tokenizer, folder: Path) -> N
 
 
 def _language(state: Tensors) -> Tensors:
-    apart = ("tower.", "projector.", "patch_head.")
+    apart = ("tower.", "projector.", "patch_head.", "role_heads.")
     return {
         name if name.startswith("lm_head.") else f"model.{name}": value
         for name, value in state.items()

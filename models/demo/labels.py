@@ -5,6 +5,8 @@ With them the tower learns to see within minutes; from answers alone it would ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,7 @@ from models.demo.scenes import COLOURS, SHAPES, Scene
 
 PATCH = 16
 GRID = TOWER_SIDE // PATCH
+CENTRES = (np.arange(GRID) + 0.5) * PATCH
 NOTHING, PADDING = 0, 1
 """Of the first label, where 2 and more are shapes, then digits."""
 SIZES = (2 + len(SHAPES) + 10, 1 + len(COLOURS), 4, 4)
@@ -33,22 +36,36 @@ WORDS: tuple[tuple[str, ...], ...] = (
 def patch_labels(scene: Scene) -> NDArray[np.int64]:
     """(GRID * GRID, len(SIZES)): for each patch, row by row."""
     labels = np.zeros((GRID, GRID, len(SIZES)), dtype=np.int64)
-    centres = (np.arange(GRID) + 0.5) * PATCH
     left, top = tower_point(scene, 0, 0)
     right, bottom = tower_point(scene, 1, 1)
-    labels[(centres < top) | (centres > bottom), :, 0] = PADDING
-    labels[:, (centres < left) | (centres > right), 0] = PADDING
+    labels[(top > CENTRES) | (bottom < CENTRES), :, 0] = PADDING
+    labels[:, (left > CENTRES) | (right < CENTRES), 0] = PADDING
     colours = list(COLOURS)
+    flat = labels.reshape(GRID * GRID, len(SIZES))
+    items = _items(scene)
+    owners = _owners(items)
+    for index, (what, colour, _, _, column, row) in enumerate(items):
+        flat[owners == index] = (2 + what, 1 + colours.index(colour), 1 + column, 1 + row)
+    return flat
+
+
+def patch_owners(scene: Scene) -> NDArray[np.int64]:
+    """(GRID * GRID,): which of the scene's objects, or of its digits, lies on each patch, or -1."""
+    return _owners(_items(scene))
+
+
+def _owners(items: Sequence[_Item]) -> NDArray[np.int64]:
+    """The nearest of those that cover a good part of the patch."""
+    owners = np.full((GRID, GRID), -1, dtype=np.int64)
     nearest = np.full((GRID, GRID), np.inf)
-    for what, colour, (x, y), (half_width, half_height), column, row in _items(scene):
-        dx, dy = np.abs(centres - x)[None, :], np.abs(centres - y)[:, None]
-        # A patch is an object's if the object covers a good part of it.
+    for index, (_, _, (x, y), (half_width, half_height), _, _) in enumerate(items):
+        dx, dy = np.abs(CENTRES - x)[None, :], np.abs(CENTRES - y)[:, None]
         touched = (dx < half_width + 0.28 * PATCH) & (dy < half_height + 0.28 * PATCH)
         distance = np.hypot(dx, dy)
         mine = touched & (distance < nearest)
         nearest[mine] = distance[mine]
-        labels[mine] = (2 + what, 1 + colours.index(colour), 1 + column, 1 + row)
-    return labels.reshape(GRID * GRID, len(SIZES))
+        owners[mine] = index
+    return owners.reshape(-1)
 
 
 _Item = tuple[int, str, tuple[float, float], tuple[float, float], int, int]

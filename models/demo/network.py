@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from models.demo.labels import FIRST_WITH_WORD, SIZES
 from models.demo.packing import NO_TARGET
+from models.demo.roles import ROLES
 from models.demo.tokenizer import VOCABULARY
 
+ROLE_WEIGHTS = (0.3, 1.0, 1.0)
+"""In their loss: most words and patches are not mentioned."""
 UNSEEN = -1e4
 """The score of a token that is not to be seen."""
 
@@ -56,7 +59,7 @@ class Batch(NamedTuple):
     Attributes:
         pixels: (R, 3, S, S).
         labels: (R, patches, labels).
-        ids, picture, position, tree, branch: (R, L), see `packing.Row`.
+        ids, picture, position, tree, branch, role: (R, L), see `packing.Row`.
         target_at: (A,) index into the R * L tokens.
         target: (A,) ids; NO_TARGET fills up.
     """
@@ -68,12 +71,13 @@ class Batch(NamedTuple):
     position: Tensor
     tree: Tensor
     branch: Tensor
+    role: Tensor
     target_at: Tensor
     target: Tensor
 
 
 class Losses(NamedTuple):
-    """Scalars.
+    """Scalars, but for `roles`.
 
     Attributes:
         answers: of the answers' tokens.
@@ -81,11 +85,14 @@ class Losses(NamedTuple):
         words: of the same labels, told from the projected features by the embeddings of their
             words. It makes a red circle look like "red" and "circle" to the language model, which
             then finds what it is asked about far sooner.
+        roles: three of them, of roles in questions that come before the picture: the words' after
+            the first layer, the patches' after the second and the third.
     """
 
     answers: Tensor
     patches: Tensor
     words: Tensor
+    roles: Tensor
 
 
 class TowerAttention(nn.Module):
@@ -217,7 +224,7 @@ class DecoderLayer(nn.Module):
 
 
 class Network(nn.Module):
-    """Tower, projector and Llama, with the auxiliary head on the tower's patches."""
+    """Tower, projector and Llama, with the auxiliary heads on the tower and on the first layers."""
 
     def __init__(self, config: NetworkConfig, words: Sequence[Sequence[int]] = ()) -> None:
         """
@@ -238,6 +245,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.role_heads = nn.ModuleList(nn.Linear(config.hidden, ROLES) for _ in range(3))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -266,23 +274,35 @@ class Network(nn.Module):
         pictures = self.projector(features)
         words_loss = self._words_loss(pictures, batch.labels)
         if tower_only:
-            return Losses(torch.zeros_like(patches_loss), patches_loss, words_loss)
+            none = torch.zeros(())
+            return Losses(none, patches_loss, words_loss, none)
+        states = self._states(pictures, batch)
         answers_loss = F.cross_entropy(
-            self.logits(batch, pictures).float(), batch.target, ignore_index=NO_TARGET
+            self._answers(states[-1], batch).float(), batch.target, ignore_index=NO_TARGET
         )
-        return Losses(answers_loss, patches_loss, words_loss)
+        return Losses(answers_loss, patches_loss, words_loss, self._roles_loss(states, batch))
 
-    def logits(self, batch: Batch, pictures: Tensor | None = None) -> Tensor:
-        """(A, vocabulary), one row for each target.
+    def logits(self, batch: Batch) -> Tensor:
+        """(A, vocabulary), one row for each target."""
+        pictures = self.projector(self.tower(batch.pixels))
+        return self._answers(self._states(pictures, batch)[-1], batch)
 
-        Args:
-            pictures: (R, patches, width) projected features, where they are known.
-        """
-        if pictures is None:
-            pictures = self.projector(self.tower(batch.pixels))
-        hidden = self._hidden(pictures, batch).flatten(0, 1)
-        logits: Tensor = self.lm_head(hidden[batch.target_at])
+    def _answers(self, state: Tensor, batch: Batch) -> Tensor:
+        logits: Tensor = self.lm_head(self.norm(state).flatten(0, 1)[batch.target_at])
         return logits
+
+    def _roles_loss(self, states: Sequence[Tensor], batch: Batch) -> Tensor:
+        is_picture = batch.picture >= 0
+        weights = torch.tensor(ROLE_WEIGHTS)
+        words = batch.role.masked_fill(is_picture, NO_TARGET).flatten()
+        patches = batch.role.masked_fill(~is_picture, NO_TARGET).flatten()
+        losses = []
+        for head, state, wanted in zip(
+            self.role_heads, states, (words, patches, patches), strict=False
+        ):
+            scores = head(F.rms_norm(state, state.shape[-1:])).float().flatten(0, 1)
+            losses.append(F.cross_entropy(scores, wanted, weights, ignore_index=NO_TARGET))
+        return torch.stack(losses)
 
     def _patches_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         scores = self.patch_head(features).float().flatten(0, 1).split(SIZES, dim=-1)
@@ -301,7 +321,8 @@ class Network(nn.Module):
             losses.append(F.cross_entropy(scores, wanted, ignore_index=NO_TARGET))
         return torch.stack(losses).sum()
 
-    def _hidden(self, pictures: Tensor, batch: Batch) -> Tensor:
+    def _states(self, pictures: Tensor, batch: Batch) -> list[Tensor]:
+        """(R, L, hidden) after each layer."""
         is_picture = batch.picture >= 0
         index = batch.picture.clamp(min=0).unsqueeze(-1).expand(-1, -1, pictures.shape[-1])
         x = torch.where(
@@ -309,10 +330,11 @@ class Network(nn.Module):
         )
         rotation = self._rotation(batch.position, x.dtype)
         mask = _mask(batch.tree, batch.branch)
+        states = []
         for layer in self.layers:
             x = layer(x, rotation, mask)
-        out: Tensor = self.norm(x)
-        return out
+            states.append(x)
+        return states
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(R, 1, L, head) cosines and sines, Llama's halves."""

@@ -18,7 +18,14 @@ from tokenizers import Tokenizer
 
 from models.demo import questions as subject
 from models.demo.dialogue import IMAGE, Dialogue, compose, message, opening, random_system
-from models.demo.questions import LAST_WEIGHTS, Balance, Question, questions_about
+from models.demo.questions import (
+    LAST_WEIGHTS,
+    Balance,
+    Question,
+    contrasting,
+    questions_about,
+)
+from models.demo.roles import patch_roles, word_roles
 from models.demo.sampling import random_scene
 from models.demo.scenes import Scene
 from models.demo.tokenizer import BEGIN, END
@@ -32,18 +39,27 @@ PICTURE = -200
 
 @dataclass
 class Branch:
-    """Tokens of one dialogue's part, and which of them are to be learned."""
+    """Tokens of one dialogue's part, and which of them are to be learned.
+
+    Attributes:
+        roles: of the tokens, NO_TARGET where they are not to be told; see `roles.py`.
+        patch_roles: of the picture's tokens.
+    """
 
     ids: list[int] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
+    roles: list[int] = field(default_factory=list)
+    patch_roles: Sequence[int] = (NO_TARGET,) * PICTURE_TOKENS
 
     def read(self, ids: Sequence[int]) -> None:
         self.ids += ids
+        self.roles += [NO_TARGET] * len(ids)
         self.learned += [False] * len(ids)
 
     def learn(self, ids: Sequence[int]) -> None:
         self.ids += ids
         self.learned += [True] * len(ids)
+        self.roles += [NO_TARGET] * len(ids)
 
     def __len__(self) -> int:
         return sum(PICTURE_TOKENS if token == PICTURE else 1 for token in self.ids)
@@ -62,12 +78,21 @@ class Encoder:
     """Texts -> ids, exactly as `models.prompts.tokenize_prompt` cuts and encodes them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encode = lru_cache(maxsize=50_000)(
-            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-        )
+        @lru_cache(maxsize=50_000)
+        def encode(text: str) -> tuple[Sequence[int], Sequence[int]]:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            return tuple(encoding.ids), tuple(end for _, end in encoding.offsets)
+
+        self._encode = encode
 
     def text(self, text: str) -> Sequence[int]:
-        return self._encode(text)
+        ids, _ = self._encode(text)
+        return ids
+
+    def roles(self, text: str, question: Question) -> list[int]:
+        """Of each token of `text`, which holds the question."""
+        _, ends = self._encode(text)
+        return word_roles(question, text, ends)
 
     def prompt(self, text: str) -> list[int]:
         """With the beginning-of-sequence token, and PICTURE for the placeholder."""
@@ -111,6 +136,7 @@ class Row:
         position: for the rotary embedding.
         tree, branch: who sees whom; branch 0 is a root. Tree -1 is the empty rest of the row.
         target: the id to predict there, or NO_TARGET.
+        role: of a word or patch in its question, or NO_TARGET.
     """
 
     ids: NDArray[np.int64]
@@ -119,21 +145,25 @@ class Row:
     tree: NDArray[np.int64]
     branch: NDArray[np.int64]
     target: NDArray[np.int64]
+    role: NDArray[np.int64]
 
 
 class RowMaker:
     """Rows about given scenes; what is asked is balanced over all rows that it has made."""
 
-    def __init__(self, tokenizer: Tokenizer, rng: Random, last_share: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, rng: Random, last_share: float, last_sides: float
+    ) -> None:
         """
         Args:
             last_share: of the rows whose questions come before the picture.
+            last_sides: the weight of questions about sides among those.
         """
         self._last_share = last_share
         self._encoder = Encoder(tokenizer)
         self._rng = rng
         self._first_balance = Balance()
-        self._last_balance = Balance(LAST_WEIGHTS)
+        self._last_balance = Balance({**LAST_WEIGHTS, "side": last_sides})
 
     def row(self, scene: Scene) -> Row:
         rng = self._rng
@@ -142,8 +172,9 @@ class RowMaker:
         if rng.random() >= self._last_share:
             trees.append(self._picture_first(about, turns_share=0.2))
         else:
-            while len(trees) < 2:
-                trees.append(self._picture_last(about))
+            first = self._pick(about, self._last_balance)
+            second = self._pick(contrasting(first, about) or about, self._last_balance)
+            trees += [self._picture_last(one, about, scene) for one in (first, second)]
         while _length(trees) > ROW_LENGTH:
             trees.pop()
         if not trees:  # an uncommonly long system prompt and question
@@ -171,11 +202,18 @@ class RowMaker:
             tree.branches.append(branch)
         return tree
 
-    def _picture_last(self, about: list[Question]) -> Tree:
-        turns = 2 if self._rng.random() < 0.2 else 1
-        asked = [self._pick(about, self._last_balance) for _ in range(turns)]
+    def _picture_last(self, question: Question, about: list[Question], scene: Scene) -> Tree:
+        asked = [question]
+        if self._rng.random() < 0.2:
+            asked.append(self._pick(about, self._last_balance))
         dialogue = compose(asked, random_system(self._rng), "after", self._rng)
-        return Tree(self._encoder.dialogue(dialogue))
+        branch = self._encoder.dialogue(dialogue)
+        if question.mentions:
+            before, _ = dialogue.prompt.split(IMAGE)
+            roles = self._encoder.roles(before, question)
+            branch.roles[1 : 1 + len(roles)] = roles  # behind the beginning-of-sequence token
+            branch.patch_roles = patch_roles(question, scene)
+        return Tree(branch)
 
     def _fill_with_talk(self, trees: list[Tree]) -> None:
         """Dialogues without a picture, where there is room for one."""
@@ -210,35 +248,38 @@ def lay_out(trees: Sequence[Tree], length: int = ROW_LENGTH) -> Row:
     total = _length(trees)
     if total > length:
         raise ValueError(f"{total} tokens do not fit into a row of {length}")
-    row = Row(*(np.zeros(length, dtype=np.int64) for _ in range(6)))
+    row = Row(*(np.zeros(length, dtype=np.int64) for _ in range(7)))
     row.picture[:] = -1
     row.tree[:] = -1
-    row.target[:] = NO_TARGET
+    row.target[:] = row.role[:] = NO_TARGET
     at = 0
     for number, tree in enumerate(trees):
         for index, branch in enumerate([tree.root, *tree.branches]):
-            ids, picture, target = _expand(branch)
+            ids, picture, target, role = _expand(branch)
             span = slice(at, at + len(ids))
             start = 0 if index == 0 else len(tree.root)
             row.ids[span], row.picture[span], row.target[span] = ids, picture, target
+            row.role[span] = role
             row.position[span] = np.arange(start, start + len(ids))
             row.tree[span], row.branch[span] = number, index
             at += len(ids)
     return row
 
 
-def _expand(branch: Branch) -> tuple[list[int], list[int], list[int]]:
-    """(ids, picture tokens, targets); a target stands one place before its token."""
+def _expand(branch: Branch) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(ids, picture tokens, targets, roles); a target stands one place before its token."""
     ids: list[int] = []
     picture: list[int] = []
     learned: list[bool] = []
-    for token, is_learned in zip(branch.ids, branch.learned, strict=True):
+    roles: list[int] = []
+    for token, is_learned, role in zip(branch.ids, branch.learned, branch.roles, strict=True):
         width = PICTURE_TOKENS if token == PICTURE else 1
         ids += [0 if token == PICTURE else token] * width
         picture += range(PICTURE_TOKENS) if token == PICTURE else [-1]
         learned += [is_learned] * width
+        roles += branch.patch_roles if token == PICTURE else [role]
     target = [
         token if is_learned else NO_TARGET
         for token, is_learned in zip(ids[1:], learned[1:], strict=True)
     ]
-    return ids, picture, [*target, NO_TARGET]
+    return ids, picture, [*target, NO_TARGET], roles

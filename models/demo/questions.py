@@ -27,6 +27,7 @@ PLACES = (
     ("on the left", "in the middle", "on the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
+OPPOSITES = (("It is above.", "It is below."), ("It is to the left.", "It is to the right."))
 YES, NO = "Yes, there is.", "No, there is not."
 EMPTY = "The image is empty."
 NO_PICTURE = "Please send a picture first."
@@ -50,6 +51,18 @@ LAST_WEIGHTS: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
+class Mention:
+    """
+    Attributes:
+        noun: as it stands in the question, but for capitals.
+        objects: indices of the scene's objects that it means; there may be none.
+    """
+
+    noun: str
+    objects: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Question:
     """
     Attributes:
@@ -57,12 +70,15 @@ class Question:
         stratum: what is balanced: the answer, where a kind has few of them.
         text: as a person would ask.
         answer: the only one that counts.
+        mentions: what is asked about, then what that is compared with; none where the question
+            is about the whole picture.
     """
 
     kind: str
     stratum: str
     text: str
     answer: str
+    mentions: tuple[Mention, ...] = ()
 
 
 class Balance:
@@ -103,6 +119,15 @@ def questions_about(scene: Scene, rng: Random) -> list[Question]:
         return found
     found += [*_counts(scene, rng), *_attributes(scene, rng), *_sides(scene, rng)]
     return found
+
+
+def contrasting(question: Question, about: Sequence[Question]) -> list[Question]:
+    """Those of the same kind with the opposite answer, or else with another one. Whoever has to
+    answer both about one picture cannot go by the picture or by the words alone."""
+    alike = [other for other in about if other.kind == question.kind]
+    opposite = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}.get(question.answer)
+    opposed = [other for other in alike if other.answer == opposite]
+    return opposed or [other for other in alike if other.answer != question.answer]
 
 
 def chat(rng: Random) -> Question:
@@ -177,7 +202,9 @@ def _exists(scene: Scene, rng: Random) -> Iterable[Question]:
     """Half of the nos are close to what is there: the right colour, or the right shape."""
 
     def ask(noun: str, answer: str) -> Question:
-        return Question("exists", answer, phrase(rng, phrasings.EXISTS, a=noun), answer)
+        text = phrase(rng, phrasings.EXISTS, a=noun)
+        mentions = (_mention(scene, noun),) if scene.number is None else ()
+        return Question("exists", answer, text, answer, mentions)
 
     if scene.number is not None:
         noun = rng.choice(("a number", f"a {scene.number.colour} number"))
@@ -209,6 +236,23 @@ def _exists(scene: Scene, rng: Random) -> Iterable[Question]:
         yield from (ask(with_article(name), NO) for name in near if name not in names)
 
 
+def _mention(scene: Scene, noun: str) -> Mention:
+    """ "a red object", "circles", "blue shapes": all objects of the named colour and shape."""
+    words = noun.replace("crosses", "cross").split()
+    singular = {f"{shape}s": shape for shape in SHAPES}
+    wanted = [word for word in (singular.get(word, word) for word in words) if _is_attribute(word)]
+    meant = (
+        index
+        for index, item in enumerate(scene.objects)
+        if wanted and all(word in (item.colour, item.shape) for word in wanted)
+    )
+    return Mention(noun, tuple(meant))
+
+
+def _is_attribute(word: str) -> bool:
+    return word in COLOURS or word in SHAPES
+
+
 def _object_of(rng: Random, colour: str) -> str:
     return with_article(f"{colour} {rng.choice(('object', 'object', 'shape', 'thing'))}")
 
@@ -218,7 +262,8 @@ def _absent(scene: Scene, rng: Random) -> Iterable[Question]:
 
     def ask(noun: str, stratum: str, forms: Sequence[str]) -> Question:
         text = phrase(rng, forms, it=f"the {noun}")
-        return Question("absent", stratum, text, f"There is no {noun}.")
+        mention = Mention(f"the {noun}", ())
+        return Question("absent", stratum, text, f"There is no {noun}.", (mention,))
 
     shapes = {item.shape for item in scene.objects}
     colours = {item.colour for item in scene.objects}
@@ -248,25 +293,29 @@ def _counts(scene: Scene, rng: Random) -> Iterable[Question]:
     zeros = [noun for noun, count in nouns.items() if count == 0]
     for noun in [*(noun for noun in nouns if nouns[noun] > 0), *rng.sample(zeros, 2)]:
         answer = COUNTS[nouns[noun]]
-        yield Question("count_of", answer, phrase(rng, phrasings.COUNT_OF, them=noun), answer)
+        text = phrase(rng, phrasings.COUNT_OF, them=noun)
+        yield Question("count_of", answer, text, answer, (_mention(scene, noun),))
 
 
 def _attributes(scene: Scene, rng: Random) -> Iterable[Question]:
-    for item in scene.objects:
+    for index, item in enumerate(scene.objects):
         by_shape, by_colour, by_both = _references(scene, item)
         if by_shape:
             answer = f"It is {item.colour}."
-            yield Question("colour", answer, phrase(rng, phrasings.COLOUR, it=by_shape), answer)
+            text = phrase(rng, phrasings.COLOUR, it=by_shape)
+            yield Question("colour", answer, text, answer, (Mention(by_shape, (index,)),))
         if by_colour:
             noun = by_colour.replace("object", rng.choice(("object", "object", "thing", "one")))
             answer = f"It is {with_article(item.shape)}."
-            yield Question("shape", answer, phrase(rng, phrasings.SHAPE, it=noun), answer)
+            text = phrase(rng, phrasings.SHAPE, it=noun)
+            yield Question("shape", answer, text, answer, (Mention(noun, (index,)),))
         names = [name for name in (by_shape, by_colour, by_both) if name]
         place = place_of(scene, item)
         if names and place is not None:
             answer = f"It is {place}."
-            text = phrase(rng, phrasings.WHERE, it=rng.choice(names))
-            yield Question("where", answer, text, answer)
+            name = rng.choice(names)
+            text = phrase(rng, phrasings.WHERE, it=name)
+            yield Question("where", answer, text, answer, (Mention(name, (index,)),))
     if len(scene.objects) == 1:
         item = scene.objects[0]
         it = rng.choice(("the object", "the shape", "it"))
@@ -290,18 +339,24 @@ def _references(scene: Scene, item: SceneObject) -> tuple[str | None, str | None
 
 
 def _sides(scene: Scene, rng: Random) -> Iterable[Question]:
-    for pair in combinations(scene.objects, 2):
-        for item, other in permutations(pair):
+    for pair in combinations(range(len(scene.objects)), 2):
+        for indices in permutations(pair):
+            item, other = (scene.objects[index] for index in indices)
             its = [name for name in _references(scene, item) if name]
             others = [name for name in _references(scene, other) if name]
             if not its or not others:
                 continue
             slots = {"it": rng.choice(its), "other": rng.choice(others)}
+            mentions = tuple(
+                Mention(noun, (index,)) for noun, index in zip(slots.values(), indices, strict=True)
+            )
             x, y = tower_point(scene, item.x, item.y)
             other_x, other_y = tower_point(scene, other.x, other.y)
             if abs(x - other_x) >= SIDE_GAP:
                 answer = f"It is to the {'left' if x < other_x else 'right'}."
-                yield Question("side", answer, phrase(rng, phrasings.SIDEWAYS, **slots), answer)
+                text = phrase(rng, phrasings.SIDEWAYS, **slots)
+                yield Question("side", answer, text, answer, mentions)
             if abs(y - other_y) >= SIDE_GAP:
                 answer = f"It is {'above' if y < other_y else 'below'}."
-                yield Question("side", answer, phrase(rng, phrasings.UPDOWN, **slots), answer)
+                text = phrase(rng, phrasings.UPDOWN, **slots)
+                yield Question("side", answer, text, answer, mentions)

@@ -41,7 +41,7 @@ def load_network(folder: Path, precision: Precision) -> Network:
                 value = checkpoint.projector.get(name.removeprefix("projector."))
             elif name.startswith("tower."):
                 value = checkpoint.vision.get(_clip_name(name.removeprefix("tower.")))
-            elif name.startswith("patch_head."):
+            elif name.startswith(("patch_head.", "role_heads.")):
                 continue  # of training only
             else:
                 stored = name if name.startswith("lm_head.") else f"model.{name}"

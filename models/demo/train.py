@@ -3,8 +3,9 @@
     python -m models.demo.train [--output FOLDER] [--start FOLDER] [--quick]
 
 First the tower alone learns what lies on each patch, then everything together learns to answer,
-in four rounds, of which the last two dwell on pictures that come after their question. The phases
-of the stored checkpoint took 81 minutes on two shared CPU cores.
+in seven rounds. Most of them dwell on pictures that come after their question, and one on what
+answers alone do not teach there: which words and patches are what is asked about, and which are
+what that is compared with.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from models.demo.labels import WORDS
 from models.demo.network import Batch, Losses, Network, NetworkConfig
 from models.demo.optimizer import Optimizer
 from models.demo.progress import exact_matches, table
+from models.demo.questions import LAST_WEIGHTS
 from models.demo.teacher import load_network
 from models.demo.tokenizer import train_tokenizer, word_ids
 
@@ -41,10 +43,11 @@ class Phase:
     Attributes:
         rows: in a step, each about one picture.
         muon_rate, adam_rate: at their peak; the tower's are `tower_factor` of them.
-        patches_weight, words_weight: of the auxiliary losses; the answers' weight is 1.
+        patches_weight, words_weight, roles_weight: of the auxiliary losses; the answers' is 1.
         least: share of the peak rates at the end.
         last_share: of the rows whose questions come before the picture. Fewer of these fit into a
             row, and they need other ways of looking, which come later.
+        last_sides: the weight of sides among those questions.
         tower_only: the language model's layers rest.
     """
 
@@ -56,8 +59,10 @@ class Phase:
     tower_factor: float = 0.4
     patches_weight: float = 0.2
     words_weight: float = 0.2
+    roles_weight: float = 0.0
     least: float = 0.01
     last_share: float = 0.28
+    last_sides: float = LAST_WEIGHTS["side"]
     tower_only: bool = False
 
 
@@ -86,6 +91,18 @@ class Schedule:
         Phase(
             "picture last again", 1000, muon_rate=1.8e-3, adam_rate=0.8e-3, patches_weight=0.0,
             last_share=0.8,
+        ),
+        Phase(
+            "sides", 900, muon_rate=2.2e-3, adam_rate=1.0e-3, patches_weight=0.0,
+            last_share=0.85, last_sides=16.0,
+        ),
+        Phase(
+            "roles", 900, muon_rate=3.0e-3, adam_rate=1.2e-3, patches_weight=0.0, roles_weight=0.5,
+            last_share=0.9, last_sides=16.0,
+        ),
+        Phase(
+            "all again", 320, muon_rate=1.6e-3, adam_rate=0.7e-3, patches_weight=0.0,
+            roles_weight=0.2, last_share=0.4,
         ),
     )  # fmt: skip
     warmup: int = 40
@@ -127,6 +144,7 @@ class Trainer:
     @classmethod
     def from_checkpoint(cls, folder: Path, schedule: Schedule, output: Path, seed: int) -> Trainer:
         """With its weights and tokenizer, and only the last phase to go, which needs no more."""
+        torch.manual_seed(seed)  # for the auxiliary heads, which are not in a checkpoint
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         network = load_network(folder, "W16A16").requires_grad_(True)
         network.words = [torch.tensor(word_ids(tokenizer, words)) for words in WORDS]
@@ -136,7 +154,9 @@ class Trainer:
         started = time.monotonic()
         for phase in self.schedule.phases:
             seed = f"{phase.name}:{self.seed}"
-            with batches_ahead(self.tokenizer, phase.rows, seed, phase.last_share) as batches:
+            with batches_ahead(
+                self.tokenizer, phase.rows, seed, phase.last_share, phase.last_sides
+            ) as batches:
                 self._run(phase, batches)
             minutes = (time.monotonic() - started) / 60
             print(f"{phase.name}: done after {minutes:.1f} minutes", flush=True)
@@ -149,7 +169,9 @@ class Trainer:
             tower_factor=phase.tower_factor,
         )  # fmt: skip
         run = _runner(self.network, self.compiled, phase.tower_only)
-        held_out = next(make_batches(self.tokenizer, schedule.check_rows, "check"))
+        held_out = next(
+            make_batches(self.tokenizer, schedule.check_rows, "check", phase.last_share)
+        )
         bar = tqdm(
             islice(batches, phase.steps), phase.name, phase.steps, unit="step", mininterval=2
         )
@@ -159,6 +181,7 @@ class Trainer:
                 losses.answers
                 + phase.patches_weight * losses.patches
                 + phase.words_weight * losses.words
+                + phase.roles_weight * losses.roles.sum()
             )
             self.network.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
@@ -185,7 +208,10 @@ def _runner(network: Network, compiled: bool, tower_only: bool) -> Callable[[Bat
 
 
 def _figures(losses: Losses) -> dict[str, str]:
-    return {name: f"{value.item():.3f}" for name, value in losses._asdict().items()}
+    return {
+        name: ",".join(f"{one:.3f}" for one in value.flatten().tolist())
+        for name, value in losses._asdict().items()
+    }
 
 
 def _share(step: int, steps: int, warmup: int, least: float) -> float:

@@ -31,7 +31,7 @@ def _batch(row, pixels) -> Batch:
     at = np.flatnonzero(row.target != NO_TARGET)
     arrays = {
         name: torch.from_numpy(getattr(row, name)[None])
-        for name in ("ids", "picture", "position", "tree", "branch")
+        for name in ("ids", "picture", "position", "tree", "branch", "role")
     }
     return Batch(
         pixels=pixels, labels=torch.zeros(1, PICTURE_TOKENS, len(SIZES), dtype=torch.int64),
@@ -97,16 +97,17 @@ def test_the_loss_falls(tokenizer):
     words = [word_ids(tokenizer, words) for words in WORDS]
     network = Network(NetworkConfig(layers=2), words)
     optimizer = Optimizer(network, muon_rate=4e-3, adam_rate=3e-3)
-    batch = next(make_batches(tokenizer, 8, "smoke"))
+    batch = next(make_batches(tokenizer, 8, "smoke", last_share=0.5))
     batch = batch._replace(pixels=batch.pixels.float())
     losses = []
     for _ in range(12):
         loss = network(batch)
-        losses.append([value.item() for value in loss])
+        losses.append([value.sum().item() for value in loss])
         network.zero_grad()
-        (loss.answers + 0.2 * (loss.patches + loss.words)).backward()
+        (loss.answers + 0.2 * (loss.patches + loss.words + loss.roles.sum())).backward()
         optimizer.step(1.0)
     first, last = losses[0], losses[-1]
     assert last[0] < 0.6 * first[0]
     assert last[1] < first[1]
     assert last[2] < first[2]
+    assert last[3] < 0.8 * first[3]

@@ -31,6 +31,9 @@ class Words(Tokenizer):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         raise NotImplementedError
 
+    def token_bytes(self, token_id: int) -> bytes:
+        raise NotImplementedError
+
     def token_to_id(self, token: str) -> int | None:
         return self._added.get(token)
 
