@@ -1,6 +1,7 @@
 """The model between a step before it and one behind it, each a deployment of its own.
 
-serve run docs.examples.chat_pipeline:app     # beside `serve run serve_config.yaml`
+# beside `serve run serve_config.yaml`:
+serve run --address auto --name finder --route-prefix /find docs.examples.chat_pipeline:app
 curl --data-binary @docs/shapes.png "localhost:21002/find?thing=circle"
 """
 
