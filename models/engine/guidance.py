@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 COMPILE_THREADS = 2
 CACHED_GUIDES = 32
+WHITESPACE = "( |\\n {0,32})?"
+"""Between a JSON text's tokens: as it is usually written, on one line or indented. Were any amount
+allowed, a model that was never taught JSON would write spaces until its answer is full."""
 LONGEST_FORCED = 64
 """Bytes of a text with no alternative that are cut into tokens at a time."""
 
@@ -172,7 +175,7 @@ class _Vocabulary:
             grammar = LLMatcher.grammar_from_lark(f"start: {lark_prefix} ({choices})")
         else:
             schema = json.loads(guide.value) if guide.kind == "json_schema" else {"type": "object"}
-            schema["x-guidance"] = {"coerce_one_of": True}
+            schema["x-guidance"] = {"coerce_one_of": True, "whitespace_pattern": WHITESPACE}
             grammar = LLMatcher.grammar_from_lark(
                 f"start: {lark_prefix} json\njson: %json {json.dumps(schema)}"
             )

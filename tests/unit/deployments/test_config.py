@@ -189,3 +189,16 @@ def test_a_configuration_cannot_be_changed_later() -> None:
     config = make_config()
     with pytest.raises(ValidationError):
         config.model_path = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "host", ["images.example.org", "*.example.org", "*", "10.0.0.7:8080", "[::1]"]
+)
+def test_hosts_of_pictures_are_names(host: str) -> None:
+    assert make_config(allowed_image_hosts=[host]).allowed_image_hosts == [host]
+
+
+@pytest.mark.parametrize("host", ["", "http://example.org", "a/b", "user@host", "a b", "a\\b"])
+def test_and_nothing_else(host: str) -> None:
+    with pytest.raises(ValidationError, match="is no host"):
+        make_config(allowed_image_hosts=[host])

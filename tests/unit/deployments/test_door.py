@@ -146,3 +146,15 @@ def test_the_limit_follows_what_serve_allows_while_serving() -> None:
         stack.enter_context(door.enter())
     live[0] = 1
     assert door.limit == 1  # never closed for good
+
+
+def test_a_request_of_several_answers_gets_all_its_places_or_none() -> None:
+    changes: list[int] = []
+    door = Door(2, 1, lambda: 100)
+    door.on_change = lambda: changes.append(door.count)
+    with door.enter(2):
+        with pytest.raises(EngineOverloaded), door.enter(2):
+            pass
+        with door.enter():
+            assert door.count == 3
+    assert changes == [2, 3, 2, 0]

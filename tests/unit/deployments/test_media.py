@@ -455,3 +455,24 @@ def test_importing_the_http_side_does_not_load_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "set()"
+
+
+class TestFiles:
+    """From Python callers, and from URLs."""
+
+    def test_bytes_are_files_as_they_are(self) -> None:
+        first, second = decode_images(
+            [raw(encoded(half_and_half())), encoded(half_and_half())], LIMITS
+        )
+        assert first == second
+
+    def test_their_size_is_bounded_too(self) -> None:
+        with pytest.raises(InvalidRequest, match="larger than"):
+            decode_images([b"x" * (LIMITS.max_bytes + 1)], LIMITS)
+
+    def test_they_are_called_what_the_caller_calls_them(self) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            decode_images(
+                [encoded(half_and_half()), b"nonsense"], LIMITS, ["the first", "the other"]
+            )
+        assert caught.value.field == "the other"

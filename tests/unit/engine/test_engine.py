@@ -321,7 +321,8 @@ def test_one_wrong_request_of_a_batch_takes_the_others_back(engine: Engine) -> N
 
 def test_every_error_can_be_sent_to_another_process() -> None:
     for kind in _all_errors():
-        error = kind("prompt", "is empty") if kind is InvalidRequest else kind("it is so")
+        given = ("prompt", "is empty") if issubclass(kind, InvalidRequest) else ("it is so",)
+        error = kind(*given)
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), str(again)) == (kind, str(error))
 
