@@ -14,10 +14,14 @@ MAX_VALUES = 200_000
 """Bounds lists, objects and their members: 64 MB of `[[],[],...` would parse into gigabytes."""
 
 
+class BodyTooLarge(InvalidRequest):
+    """More bytes than are read."""
+
+
 async def read_json(request: Request, *, max_bytes: int, timeout_s: float) -> Any:
     """
     Raises:
-        InvalidRequest: too large, too slow, or not JSON.
+        InvalidRequest: too large (BodyTooLarge), too slow, or not JSON.
         RequestAborted: its sender went away.
     """
     try:
@@ -30,7 +34,7 @@ async def read_json(request: Request, *, max_bytes: int, timeout_s: float) -> An
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    too_large = InvalidRequest("body", f"is larger than {max_bytes} bytes")
+    too_large = BodyTooLarge("body", f"is larger than {max_bytes} bytes")
     announced = request.headers.get("content-length", "")[:20]  # int() refuses 5,000 digits
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large

@@ -161,6 +161,15 @@ class AppConfig(BaseModel):
     max_request_pixels: int = Field(
         100_000_000, ge=1024, description="Most pixels in all pictures of a request together."
     )
+    allowed_image_hosts: list[str] = Field(
+        [],
+        description="Hosts from which /v1 requests may have pictures fetched by URL: names, "
+        "*.example.org for those below one, or * for any. By default none is fetched. An address "
+        "that is not public is reached only under a name (or address) that is listed as it is.",
+    )
+    image_fetch_timeout_s: float = Field(
+        10.0, gt=0, description="How long all pictures of a request may take to be fetched."
+    )
     sign_of_life_s: float = Field(
         2.0,
         gt=0,
@@ -233,6 +242,16 @@ class AppConfig(BaseModel):
                 f"{value!r}: Ray chooses the GPU of each replica; use device: cuda, and "
                 "CUDA_VISIBLE_DEVICES before `ray start` to keep it off the others"
             )
+        return value
+
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _hosts_without_anything_else(cls, value: list[str]) -> list[str]:
+        for host in value:
+            if not host or set(host) & set("/@\\?# ") or not host.isprintable():
+                raise ValueError(
+                    f"{host!r} is no host; write its name alone, such as images.example.org"
+                )
         return value
 
     @field_validator("controller_addr", "worker_addr")

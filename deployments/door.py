@@ -85,24 +85,24 @@ class Door:
             raise EngineOverloaded("the server is shutting down; try again in a moment")
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """A generation's stay.
+    def enter(self, places: int = 1) -> Iterator[None]:
+        """A generation's stay, or that of so many that belong to one request: all or none.
 
         Raises:
             EngineOverloaded: full, or closed.
         """
         self._check_open()
-        if self._inside >= self.limit:
+        if self._inside + places > self.limit:
             raise EngineOverloaded(
                 f"the server is full ({self._inside} requests are running or waiting); "
                 "try again in a moment"
             )
-        self._inside += 1
+        self._inside += places
         self.on_change()
         try:
             yield
         finally:
-            self._inside -= 1
+            self._inside -= places
             self.on_change()
 
     @contextmanager

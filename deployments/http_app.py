@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from deployments.fastchat_api import fastchat_routes
 from deployments.model_worker import ModelWorker
+from deployments.openai_api import openai_routes
 from deployments.playground import accepts_html, index_page, playground_routes
+from deployments.vila_api import vila_routes
 from deployments.worker_api import worker_routes
 from models.errors import EngineDead
 
@@ -26,7 +28,7 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
 
     app = FastAPI(
         title="tinychat-serve",
-        description=f"{worker.model_name}, behind TinyChat's worker protocol.",
+        description=f"{worker.model_name}, behind TinyChat's worker protocol and OpenAI's API.",
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
@@ -47,12 +49,22 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
                 "POST /count_token": "how many tokens a prompt has (FastChat)",
                 "POST /worker_get_conv_template": "the model's conversation template (FastChat)",
                 "POST /model_details": "the context's length (FastChat)",
-                "GET /health": "200 while requests are answered",
+                "POST /v1/chat/completions": "conversations with pictures (OpenAI, vLLM)",
+                "POST /v1/completions": "finished prompts (OpenAI, vLLM)",
+                "GET /v1/models": "the model (OpenAI)",
+                "POST /tokenize": "the tokens of a text (vLLM)",
+                "POST /detokenize": "the text of tokens (vLLM)",
+                "POST /chat/completions": "conversations with pictures, in VILA's shape",
+                "GET /version": "of this server",
+                "GET /load": "requests running and waiting",
+                "GET /health": "200 while requests are answered; /ping is the same",
                 "GET /openapi.json": "the description of these routes",
             },
         }
 
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> JSONResponse:
         """200 while requests are answered, else 503."""
         if worker.door.is_closed:
@@ -65,5 +77,7 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
 
     app.include_router(worker_routes(worker))
     app.include_router(fastchat_routes(worker))
+    app.include_router(openai_routes(worker))
+    app.include_router(vila_routes(worker))
     app.include_router(playground_routes())
     return app

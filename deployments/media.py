@@ -46,29 +46,35 @@ class ImageLimits:
     max_request_pixels: int
 
 
-def decode_images(images: Sequence[str], limits: ImageLimits) -> list[Image.Image]:
+def decode_images(
+    images: Sequence[str | bytes], limits: ImageLimits, fields: Sequence[str] | None = None
+) -> list[Image.Image]:
     """The pictures as RGB: the first frame, upright, transparent parts on white.
 
     Args:
         images: base64, perhaps in data URLs; the usual and the URL-safe alphabet, line breaks and
-            missing padding included.
+            missing padding included. Or files as they are.
+        fields: what to call each in messages; default: `images[0]` and so on.
 
     Raises:
-        InvalidRequest: naming the picture by its index.
+        InvalidRequest: naming the picture.
     """
-    opened = [_open(f"images[{i}]", text, limits) for i, text in enumerate(images)]
+    fields = fields or [f"images[{i}]" for i in range(len(images))]
+    opened = [_open(field, image, limits) for field, image in zip(fields, images, strict=True)]
     pixels = sum(image.width * image.height for image in opened)
     if pixels > limits.max_request_pixels:
         raise InvalidRequest(
             "images",
             f"{pixels} pixels in all pictures together; at most {limits.max_request_pixels}",
         )
-    return [_decode(f"images[{i}]", image) for i, image in enumerate(opened)]
+    return [_decode(field, image) for field, image in zip(fields, opened, strict=True)]
 
 
-def _open(field: str, text: str, limits: ImageLimits) -> Image.Image:
+def _open(field: str, source: str | bytes, limits: ImageLimits) -> Image.Image:
     """Reads a picture's header, no pixel."""
-    data = _bytes(field, text, limits.max_bytes)
+    data = _bytes(field, source, limits.max_bytes) if isinstance(source, str) else source
+    if len(data) > limits.max_bytes:
+        raise InvalidRequest(field, f"is larger than {limits.max_bytes} bytes")
     too_large = f"at most {limits.max_pixels} pixels and {limits.max_side} on a side are allowed"
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -117,8 +123,6 @@ def _bytes(field: str, text: str, max_bytes: int) -> bytes:
         raise InvalidRequest(
             field, "is not base64; send the picture's bytes in base64, not a path or plain text"
         ) from None
-    if len(data) > max_bytes:
-        raise InvalidRequest(field, f"is larger than {max_bytes} bytes")
     return data
 
 

@@ -10,6 +10,8 @@ from models.hub import HUB_ID
 
 PACKAGE_ROOT = Path(deployments.__file__).resolve().parent.parent
 """The folder that holds the `deployments` package: a checkout, or site-packages."""
+AWQ_SUFFIX = "-4bit-AWQ"
+"""What TinyChat appends to the names of models with 4-bit weights."""
 
 
 def find_path(given: str) -> Path | None:
@@ -67,4 +69,4 @@ def default_name(model_path: str) -> str:
 def registered_name(model_path: str, model_name: str | None, precision: str) -> str:
     """The name that controllers and clients see: `-4bit-AWQ` is appended for W4A16."""
     name = model_name or default_name(model_path)
-    return f"{name}-4bit-AWQ" if precision == "W4A16" else name
+    return f"{name}{AWQ_SUFFIX}" if precision == "W4A16" else name

@@ -21,6 +21,7 @@ from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.load_board import ApplicationLoad
 from deployments.media import ImageLimits, decode_images
+from deployments.openai_service import OpenAIService
 from deployments.pacing import paced
 from deployments.records import error_record, frame, text_record
 from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest
@@ -60,6 +61,14 @@ class ModelWorker:
             max_pixels=config.max_image_pixels,
             max_side=config.max_image_side,
             max_request_pixels=config.max_request_pixels,
+        )
+        self.openai = OpenAIService(
+            config,
+            model_name,
+            engine,
+            door,
+            image_limits=self._image_limits,
+            max_prompt_chars=self._limits.max_prompt_chars,
         )
 
     async def generate_stream(self, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -135,6 +144,24 @@ class ModelWorker:
                         "finish_reason": record["finish_reason"],
                         "usage": record["usage"],
                     }
+
+    async def chat(self, request: dict[str, Any]) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
+        """For Python callers: /v1/chat/completions, with the same shapes.
+
+        Args:
+            request: the body; an `image_url` may hold a picture's file as bytes, too. With
+                `stream`, call it through a handle with `options(stream=True)`.
+
+        Returns:
+            The whole answer, or an iterator over its chunks, without "[DONE]".
+
+        Raises:
+            TinyChatError: whatever is wrong with the request, the queue or the engine.
+        """
+        generation = await self.openai.chat(request)
+        if generation.options.stream:
+            return _without_signs(generation.chunks())
+        return await generation.whole()
 
     async def count_tokens(self, prompt: str) -> int:
         """How many tokens a prompt has, each `<image>` with all its positions."""
@@ -221,6 +248,15 @@ class ModelWorker:
             queue_timeout_s=self.config.queue_timeout_s,
             min_interval_s=1 / self.config.max_records_per_s,
         )
+
+
+async def _without_signs(
+    chunks: AsyncIterator[dict[str, Any] | None],
+) -> AsyncIterator[dict[str, Any]]:
+    async with aclosing(chunks):  # type: ignore[type-var]
+        async for chunk in chunks:
+            if chunk is not None:
+                yield chunk
 
 
 def _as_base64(image: Any) -> Any:

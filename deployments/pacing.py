@@ -9,18 +9,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from models import GenerationDelta, Usage
+from models import GenerationDelta, TokenLogprobs, Usage
 
 
 @dataclass
 class Update:
-    """What is new since the last one; `text` is "" in a mere sign of life."""
+    """What is new since the last one; `text` is "" in a mere sign of life.
+
+    Attributes:
+        logprobs: of the tokens since the last one, where they were asked for.
+        stop_reason: as in GenerationDelta.
+    """
 
     text: str
     usage: Usage
     finish_reason: str | None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stop_reason: str | int | None = None
+
+    @property
+    def has_news(self) -> bool:
+        return self.text != "" or self.finish_reason is not None
 
 
 class _Gathered:
@@ -31,15 +42,13 @@ class _Gathered:
         self.fresh = asyncio.Event()  # something to send, or nothing more will come
         self.ended = asyncio.Event()  # nothing more will come
 
-    @property
-    def has_news(self) -> bool:
-        return self.update.text != "" or self.update.finish_reason is not None
-
     def add(self, delta: GenerationDelta) -> None:
         self.update.text += delta.text
         self.update.usage = delta.usage
         self.update.finish_reason = delta.finish_reason
-        if self.has_news:
+        self.update.logprobs += delta.logprobs
+        self.update.stop_reason = delta.stop_reason
+        if self.update.has_news:
             self.fresh.set()
 
     def take(self) -> Update:
@@ -66,13 +75,13 @@ async def paced(
         while not gathered.ended.is_set():
             if not await within(gathered.fresh, sign_of_life_s):
                 yield Update("", gathered.update.usage, None)
-            elif gathered.has_news:
+            elif gathered.update.has_news:
                 update = gathered.take()
                 yield update
                 if update.finish_reason is not None:
                     break
                 await within(gathered.ended, min_interval_s)
-        if gathered.has_news:
+        if gathered.update.has_news:
             yield gathered.take()
         await reader  # raises what ended it
     finally:

@@ -52,21 +52,23 @@ def text_record(text: str, usage: Usage, finish_reason: str | None = None) -> di
 
 
 def error_record(error: Exception) -> dict[str, Any]:
-    """What the client is told. Errors that nobody meant to raise are logged and not described:
-    their text may hold paths, addresses or another user's words."""
+    """What the client is told."""
     kind = next((name for type_, name in ERROR_TYPES.items() if isinstance(error, type_)), None)
     if kind is None:
-        reference = uuid.uuid4().hex[:12]
-        logger.error("request failed, reference %s", reference, exc_info=error)
-        text = (
-            f"internal error: the request could not be answered; the server's log has the cause "
-            f"under {reference}"
-        )
+        text = f"internal error: {log_unexpected(error)}"
         return {"text": text, "error_code": ERROR_CODE, "error_type": "internal"}
     record = {"text": str(error), "error_code": ERROR_CODE, "error_type": kind}
     if isinstance(error, InvalidRequest):
         record["error_field"] = error.field
     return record
+
+
+def log_unexpected(error: Exception) -> str:
+    """What a client is told of an error that nobody meant to raise. It is logged and not
+    described: its text may hold paths, addresses or another user's words."""
+    reference = uuid.uuid4().hex[:12]
+    logger.error("request failed, reference %s", reference, exc_info=error)
+    return f"the request could not be answered; the server's log has the cause under {reference}"
 
 
 def frame(record: dict[str, Any]) -> bytes:

@@ -24,15 +24,16 @@ HEADERS = {
     "X-Accel-Buffering": "no",
     "X-Content-Type-Options": "nosniff",
 }
-"""No content type, as upstream; so browsers must not guess one, nor may proxies hold it back."""
+"""The worker protocol's streams have no content type, as upstream's; so browsers must not guess
+one, nor may proxies hold it back."""
 
 
 class RecordStream(StreamingResponse):
     """Closes its records when the response ends, by whatever way, instead of when the garbage
     collector comes by: that is what frees the request's place and blocks at once."""
 
-    def __init__(self, records: AsyncIterator[bytes]) -> None:
-        super().__init__(records, headers=HEADERS)
+    def __init__(self, records: AsyncIterator[bytes], media_type: str | None = None) -> None:
+        super().__init__(records, headers=HEADERS, media_type=media_type)
         self._records: Any = records
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,19 +6,18 @@ the protocol's clients send more than its workers ever understood.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.config import ANY_MAX_NEW_TOKENS
+from deployments.fields import integer, kind, number, show
 from models import SamplingParams
 from models.errors import InvalidRequest
 
 IMAGE_PLACEHOLDER = "<image>"
 FASTCHAT_PLACEHOLDER = "$$<image>$$"
 """What FastChat's OpenAI server of 2024 puts before the text, for a worker to replace."""
-SHOWN_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class WorkerRequest:
             InvalidRequest: a field is missing or wrong.
         """
         if not isinstance(body, Mapping):
-            raise InvalidRequest("body", f"is {_kind(body)}; it must be a JSON object")
+            raise InvalidRequest("body", f"is {kind(body)}; it must be a JSON object")
         prompt = _prompt(body, limits)
         images = _images(body, limits)
         placeholders = prompt.count(IMAGE_PLACEHOLDER)
@@ -79,7 +78,7 @@ def _prompt(body: Mapping[str, Any], limits: RequestLimits) -> str:
     if prompt is None:
         raise InvalidRequest("prompt", "is missing; it must be the text to answer")
     if not isinstance(prompt, str):
-        raise InvalidRequest("prompt", f"is {_kind(prompt)}; it must be a string")
+        raise InvalidRequest("prompt", f"is {kind(prompt)}; it must be a string")
     if len(prompt) > limits.max_prompt_chars:
         raise InvalidRequest(
             "prompt", f"has {len(prompt)} characters, more than fit into the model's context"
@@ -96,13 +95,13 @@ def _images(body: Mapping[str, Any], limits: RequestLimits) -> tuple[str, ...]:
     if images is None:
         return ()
     if not isinstance(images, list):
-        raise InvalidRequest("images", f"is {_kind(images)}; it must be a list of base64 strings")
+        raise InvalidRequest("images", f"is {kind(images)}; it must be a list of base64 strings")
     if len(images) > limits.max_images:
         raise InvalidRequest("images", f"{len(images)} pictures; at most {limits.max_images}")
     for index, image in enumerate(images):
         if not isinstance(image, str):
             raise InvalidRequest(
-                f"images[{index}]", f"is {_kind(image)}; it must be a base64 string"
+                f"images[{index}]", f"is {kind(image)}; it must be a base64 string"
             )
     return tuple(images)
 
@@ -111,10 +110,10 @@ def _sampling_params(body: Mapping[str, Any], limits: RequestLimits) -> Sampling
     given: dict[str, Any] = {}
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if body.get(name) is not None:
-            given[name] = _number(name, body[name])
+            given[name] = number(name, body[name])
     for name in ("top_k", "seed"):
         if body.get(name) is not None:
-            given[name] = _integer(name, body[name])
+            given[name] = integer(name, body[name])
     stop = body.get("stop")
     if stop is not None:
         given["stop"] = tuple(stop) if isinstance(stop, list) else (stop,)
@@ -122,15 +121,15 @@ def _sampling_params(body: Mapping[str, Any], limits: RequestLimits) -> Sampling
             if not isinstance(string, str):
                 raise InvalidRequest(
                     "stop",
-                    f"{_show(string)} is no string; it must be a string or a list of strings",
+                    f"{show(string)} is no string; it must be a string or a list of strings",
                 )
     token_ids = body.get("stop_token_ids")
     if token_ids is not None:
         if not isinstance(token_ids, list):
             raise InvalidRequest(
-                "stop_token_ids", f"is {_kind(token_ids)}; it must be a list of integers"
+                "stop_token_ids", f"is {kind(token_ids)}; it must be a list of integers"
             )
-        given["stop_token_ids"] = tuple(_integer("stop_token_ids", token) for token in token_ids)
+        given["stop_token_ids"] = tuple(integer("stop_token_ids", token) for token in token_ids)
     if body.get("ignore_eos") is not None:
         given["ignore_eos"] = body["ignore_eos"] is True
     return SamplingParams(max_new_tokens=_max_new_tokens(body, limits), **given)
@@ -140,54 +139,12 @@ def _max_new_tokens(body: Mapping[str, Any], limits: RequestLimits) -> int:
     for name in ("max_new_tokens", "max_tokens"):
         value = body.get(name)
         if value is not None:
-            tokens = _integer(name, value)
+            tokens = integer(name, value)
             if not 0 <= tokens < ANY_MAX_NEW_TOKENS:
                 raise InvalidRequest(
                     name,
-                    f"{_show(value)} is out of range; it must be 0 or more, and counts at most "
+                    f"{show(value)} is out of range; it must be 0 or more, and counts at most "
                     f"as {limits.max_new_tokens_cap}",
                 )
             return min(tokens, limits.max_new_tokens_cap)
     return limits.default_max_new_tokens
-
-
-def _number(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidRequest(field, f"is {_kind(value)}; it must be a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise InvalidRequest(field, f"{_show(value)} is not a finite number")
-    return number
-
-
-def _integer(field: str, value: object) -> int:
-    """An integer of at most 64 bits; JavaScript's 64.0 is one too."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(field, f"{_show(value)} is not an integer")
-    if not -(1 << 63) <= value < 1 << 63:
-        raise InvalidRequest(field, f"{_show(value)} is out of range")
-    return value
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    names: dict[type, str] = {
-        dict: "an object", list: "a list", str: "a string", bool: "true or false",
-        int: "a number", float: "a number",
-    }  # fmt: skip
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _show(value: object) -> str:
-    """The value for a message, shortened. Writing out 10**5000 or lists in lists would raise."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return "a number of many digits"
-    if isinstance(value, str):
-        return repr(value) if len(value) <= SHOWN_CHARS else repr(value[:SHOWN_CHARS]) + "..."
-    return repr(value) if isinstance(value, (int, float)) else _kind(value)

@@ -17,6 +17,7 @@ from deployments.door import Door
 from deployments.model_worker import ModelWorker
 from models import EngineStats, GenerationDelta, SamplingParams, Usage
 from models.errors import EngineDead, InvalidRequest
+from models.prompts import Template, get_template
 
 if TYPE_CHECKING:
     from models import Engine
@@ -28,8 +29,8 @@ NEVER_S = 1000.0
 PROMPT_TOKENS = 7
 
 T = TypeVar("T")
-Step = str | BaseException | Callable[[], Awaitable[object]]
-"""What the fake engine does next: say a word, raise, or wait for something."""
+Step = str | BaseException | GenerationDelta | Callable[[], Awaitable[object]]
+"""What the fake engine does next: say a word (or a whole delta), raise, or wait for something."""
 
 
 def delta(
@@ -39,10 +40,25 @@ def delta(
     return GenerationDelta("r", text=text, finish_reason=finish_reason, usage=usage)
 
 
+class FakeTokenizer:
+    """A token for each byte, behind a beginning of the sequence."""
+
+    vocab_size = 257
+    bos_token_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return [self.bos_token_id, *text.encode()]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(i for i in token_ids if i != self.bos_token_id).decode("utf-8", "replace")
+
+
 class FakeEngine:
     """Follows a script for every request, and keeps a book of what it was asked."""
 
     context_length = 512
+    tokenizer = FakeTokenizer()
+    template: Template = get_template("vicuna_v1")
 
     def __init__(self, script: Sequence[Step] = ("A ", "red ", "circle."), reason: str = "stop"):
         self.script = script
@@ -78,10 +94,27 @@ class FakeEngine:
                     await step()
                     continue
                 said += 1
+                if isinstance(step, GenerationDelta):
+                    yield step
+                    if step.finish_reason is not None:
+                        return
+                    continue
                 yield delta(step, completion_tokens=said)
             yield delta(finish_reason=self.reason, completion_tokens=said)
         finally:
             self.running -= 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<s>" if token_id == self.tokenizer.bos_token_id else bytes([token_id])
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -223,6 +256,17 @@ class Connection:
     @property
     def records(self) -> list[dict[str, Any]]:
         return parse_records(self.body)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The data of a whole stream of server-sent events; the last must be [DONE]."""
+        *events, done, rest = self.body.decode("ascii").split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        return [json.loads(e.removeprefix("data: ")) for e in events if not e.startswith(":")]
 
     def leave(self) -> None:
         """The client goes away."""

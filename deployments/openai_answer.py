@@ -1,0 +1,230 @@
+"""The objects that OpenAI's clients get: whole answers, and chunks of streamed ones."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.pacing import Update
+from models import TokenLogprobs, Usage
+
+LEAST_LOGPROB = -9999.0
+"""JSON has no minus infinity; this is vLLM's."""
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """How tokens are written in answers."""
+
+    text: Callable[[int], str]
+    bytes: Callable[[int], bytes]
+
+
+@dataclass
+class Choice:
+    """One answer as it has come so far."""
+
+    text: str = ""
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, update: Update) -> None:
+        self.text += update.text
+        self.usage = update.usage
+        self.finish_reason = update.finish_reason
+        self.stop_reason = update.stop_reason
+        self.logprobs += update.logprobs
+
+
+class Answer(ABC):
+    """One request's answer: it writes all objects that belong to it."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: str, names: TokenNames, *, logprobs: bool) -> None:
+        """
+        Args:
+            model: as the request names it.
+            logprobs: whether they were asked for.
+        """
+        self._names = names
+        self._wants_logprobs = logprobs
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
+        """What comes before any text."""
+        return []
+
+    def chunk(self, index: int, update: Update) -> dict[str, Any]:
+        """What is new in one choice."""
+        return self._chunk([self._choice_chunk(index, update)])
+
+    def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
+        return {**self._chunk([]), "usage": used}
+
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            choices: finished ones.
+        """
+        written = [self._choice(index, choice) for index, choice in enumerate(choices)]
+        return {**self._head, "object": self.whole_object, "choices": written, "usage": used}
+
+    @abstractmethod
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _choice_chunk(self, index: int, update: Update) -> dict[str, Any]: ...
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": choices}
+
+
+class ChatAnswer(Answer):
+    """Of /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
+        """The role, in a chunk of its own."""
+        return [
+            self._chunk([_chat_delta(index, {"role": "assistant", "content": ""})])
+            for index in range(num_choices)
+        ]
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _choice_chunk(self, index: int, update: Update) -> dict[str, Any]:
+        written = _chat_delta(index, {"content": update.text})
+        written["logprobs"] = self._logprobs(update.logprobs)
+        written["finish_reason"] = update.finish_reason
+        if update.finish_reason is not None:
+            written["stop_reason"] = update.stop_reason
+        return written
+
+    def _logprobs(self, tokens: Iterable[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        return {
+            "content": [
+                {
+                    **self._token(token.token_id, token.logprob),
+                    "top_logprobs": [self._token(*pair) for pair in token.top],
+                }
+                for token in tokens
+            ]
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._names.text(token_id),
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": list(self._names.bytes(token_id)),
+        }
+
+
+def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+class CompletionAnswer(Answer):
+    """Of /v1/completions."""
+
+    prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(
+        self, model: str, names: TokenNames, *, logprobs: bool, echoed: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            echoed: each choice's prompt, where texts are to begin with it.
+        """
+        super().__init__(model, names, logprobs=logprobs)
+        self._echoed = echoed
+        self._offsets: dict[int, int] = defaultdict(int)
+
+    def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
+        """The prompts, where they are wanted."""
+        return [
+            self._chunk([_text_choice(index, prompt)]) for index, prompt in enumerate(self._echoed)
+        ]
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        prompt = self._echoed[index] if self._echoed else ""
+        return {
+            **_text_choice(index, prompt + choice.text),
+            "logprobs": self._logprobs(index, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _choice_chunk(self, index: int, update: Update) -> dict[str, Any]:
+        return {
+            **_text_choice(index, update.text),
+            "logprobs": self._logprobs(index, update.logprobs),
+            "finish_reason": update.finish_reason,
+            "stop_reason": update.stop_reason,
+        }
+
+    def _logprobs(self, index: int, tokens: Iterable[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        written: dict[str, list[Any]] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
+        }  # fmt: skip
+        for token in tokens:
+            text = self._names.text(token.token_id)
+            own = max(token.logprob, LEAST_LOGPROB)
+            top = {self._names.text(i): max(logprob, LEAST_LOGPROB) for i, logprob in token.top}
+            written["tokens"].append(text)
+            written["token_logprobs"].append(own)
+            written["top_logprobs"].append({**top, text: own})
+            written["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(text)
+        return written
+
+
+def _text_choice(index: int, text: str) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+
+def usage_of(usages: Sequence[Usage], n: int) -> dict[str, Any]:
+    """Of a whole request.
+
+    Args:
+        usages: of each choice; the first `n` belong to the first prompt, and so on.
+        n: choices of each prompt, which counts once.
+    """
+    prompt = sum(usage.prompt_tokens for usage in usages[::n])
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(usage.cached_tokens for usage in usages[::n])
+        },
+    }

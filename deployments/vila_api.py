@@ -1,0 +1,103 @@
+"""`/chat/completions` as VILA's own server has it (VILA b760c34, server.py).
+
+Its answers' content is a list of parts, its chunks have neither roles nor finish reasons, and its
+errors are one string. Its server answers every error with status 500, even those of a request;
+here the statuses are those of /v1, since OpenAI's clients repeat what has failed with 500.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from deployments import fields
+from deployments.model_worker import ModelWorker
+from deployments.openai_errors import ErrorReply
+from deployments.openai_generation import Generation
+from deployments.openai_response import Attended, error_response, respond
+from deployments.worker_api import read_params
+from models.errors import InvalidRequest
+
+DEFAULTS: dict[str, Any] = {"max_tokens": 512, "top_p": 0.9, "temperature": 0.2}
+TAKEN = ("messages", "stream", *DEFAULTS)
+QUANTISED = ("-4bit-awq", "-awq")
+
+
+def vila_routes(worker: ModelWorker) -> APIRouter:
+    """`/chat/completions` of one worker."""
+    router = APIRouter(tags=["VILA"])
+
+    @router.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        """As VILA's own server answers."""
+        try:
+            body = await read_params(request, worker)
+        except Exception as error:
+            return error_response(error, _describe)
+        return Attended(lambda: _answer(worker, body))
+
+    return router
+
+
+async def _answer(worker: ModelWorker, body: Any) -> Response:
+    try:
+        taken = _openai_body(worker, body)
+        model = body.get("model") or worker.model_name
+    except Exception as error:
+        return error_response(error, _describe)
+    head = {"created": time.time(), "model": model}
+
+    async def whole(generation: Generation) -> dict[str, Any]:
+        answer = await generation.whole()
+        text = answer["choices"][0]["message"]["content"].strip()
+        message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return {
+            "id": uuid.uuid4().hex, "object": "chat.completion", **head,
+            "choices": [{"message": message}],
+        }  # fmt: skip
+
+    async def chunks(generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
+        async with aclosing(generation.chunks()) as answer:  # type: ignore[type-var]
+            async for chunk in answer:
+                if chunk is None:
+                    yield None
+                    continue
+                text = chunk["choices"][0]["delta"]["content"]
+                if text:
+                    yield {
+                        "id": "0", "object": "chat.completion.chunk", **head,
+                        "choices": [{"delta": {"content": text}}],
+                    }  # fmt: skip
+
+    return await respond(worker.openai.chat(taken), whole, chunks, _describe)
+
+
+def _openai_body(worker: ModelWorker, body: Any) -> dict[str, Any]:
+    body = fields.mapping("body", body)
+    model = fields.text("model", body.get("model") or worker.model_name)
+    if _bare(model) != _bare(worker.model_name):
+        raise InvalidRequest(
+            "model", f"{fields.show(model)} is not served here; {worker.model_name!r} is"
+        )
+    if body.get("num_beams") not in (None, 1):
+        raise InvalidRequest("num_beams", "is not supported; leave it out, or set it to 1")
+    given = {name: body[name] for name in TAKEN if body.get(name) is not None}
+    return {**DEFAULTS, **given}
+
+
+def _bare(model: str) -> str:
+    """VILA's names, whichever way its quantised checkpoints are called."""
+    name = model.lower()
+    for ending in QUANTISED:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _describe(reply: ErrorReply) -> dict[str, Any]:
+    return {"error": reply.message}
