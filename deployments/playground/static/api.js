@@ -44,6 +44,7 @@ export async function modelName() {
  * @param {AbortSignal} signal
  */
 export async function* chat(request, signal) {
+  let begun = false;
   let finished = false;
   try {
     const response = await fetch(new URL("chat/completions", API), {
@@ -56,7 +57,8 @@ export async function* chat(request, signal) {
     for await (const data of serverSentEvents(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Trouble("failed", wording(chunk.error));
+      if (chunk.error) throw new Trouble(chunk.error.code === 503 ? "busy" : "failed", wording(chunk.error));
+      begun = true;
       const [choice] = chunk.choices ?? [];
       finished ||= Boolean(choice?.finish_reason);
       yield {
@@ -68,7 +70,7 @@ export async function* chat(request, signal) {
   } catch (error) {
     if (error instanceof Trouble || error.name === "AbortError") throw error;
     if (error instanceof SyntaxError) throw new Trouble("failed", "The server's answer is garbled.");
-    if (!finished) throw new Trouble("gone", "The server cannot be reached.");
+    if (!begun) throw new Trouble("gone", "The server cannot be reached.");
   }
   if (!finished) throw new Trouble("cut", "The connection ended before the answer did.");
 }
@@ -79,8 +81,10 @@ async function trouble(response) {
   const message = wording(error) || `The server answered with status ${response.status}.`;
   const seconds = Number.parseInt(response.headers.get("Retry-After"), 10);
   const more = { field: error.param ?? null, retryAfter: Number.isNaN(seconds) ? null : seconds };
-  if (response.status === 503 || response.status === 429) {
-    return new Trouble((await health()) === "draining" ? "draining" : "busy", message, more);
+  if (response.status === 429) return new Trouble("busy", message, more);
+  if (response.status === 503) {
+    const state = await health(); // the status alone does not tell why
+    return new Trouble({ draining: "draining", dead: "failed" }[state] ?? "busy", message, more);
   }
   return new Trouble(response.status < 500 ? "refused" : "failed", message, more);
 }

@@ -42,6 +42,7 @@ export class Composer {
   /** While an answer comes, a message can be written but not sent. */
   set busy(busy) {
     this.#busy = busy;
+    byId("composer").dataset.busy = busy;
     byId("send").hidden = busy;
     byId("stop").hidden = !busy;
     this.#refresh();

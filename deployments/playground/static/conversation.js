@@ -1,4 +1,8 @@
-/** One question and its answer. `status`: "running", "done", "stopped" or "failed". */
+/**
+ * One question and its answer.
+ * `status`: "running", "done", "stopped" or "failed" (then `trouble` says why).
+ * `patience`: what is waited for before it is asked once more, in words.
+ */
 export class Turn {
   text;
   pictures;
@@ -7,10 +11,12 @@ export class Turn {
   finish = null;
   usage = null;
   trouble = null;
+  patience = "";
   request = null;
   sentAt = 0;
   firstAt = 0;
   lastAt = 0;
+  #tokensAtFirst = 0;
 
   constructor(text, pictures) {
     this.text = text;
@@ -27,19 +33,22 @@ export class Turn {
     this.answer = "";
     this.status = "running";
     this.finish = this.usage = this.trouble = null;
+    this.patience = "";
     this.sentAt = performance.now();
     this.firstAt = this.lastAt = 0;
   }
 
   /** Takes one piece of the answer, as `chat` yields it. */
   take({ text, finish, usage }) {
-    if (text) {
-      this.lastAt = performance.now();
-      this.firstAt ||= this.lastAt;
-      this.answer += text;
-    }
     this.finish = finish ?? this.finish;
     this.usage = usage ?? this.usage;
+    if (!text) return;
+    this.lastAt = performance.now();
+    if (!this.firstAt) {
+      this.firstAt = this.lastAt;
+      this.#tokensAtFirst = usage?.completion_tokens ?? 1; // the first piece may hold several
+    }
+    this.answer += text;
   }
 
   /** Milliseconds from sending to the first text; null before it. */
@@ -47,23 +56,23 @@ export class Turn {
     return this.firstAt ? this.firstAt - this.sentAt : null;
   }
 
-  /** Tokens per second after the first one; null where there is too little to tell. */
+  /** Tokens per second after the first piece of text; null where all came in one. */
   get tokensPerSecond() {
     const seconds = (this.lastAt - this.firstAt) / 1000;
-    const after = (this.usage?.completion_tokens ?? 0) - 1;
-    return seconds > 0.005 && after > 1 ? after / seconds : null;
+    const later = (this.usage?.completion_tokens ?? 0) - this.#tokensAtFirst;
+    return seconds > 0 && later > 0 ? later / seconds : null;
   }
 
-  get #content() {
+  /** The question as a message of the API; pictures first, as models were trained. */
+  get asked() {
     const pictures = this.pictures.map(({ url }) => ({ type: "image_url", image_url: { url } }));
     const text = this.text ? [{ type: "text", text: this.text }] : [];
-    return pictures.length ? [...pictures, ...text] : this.text;
+    return { role: "user", content: pictures.length ? [...pictures, ...text] : this.text };
   }
 
-  /** As messages of the API: the question, and the answer if there is one to build on. */
-  messages() {
-    const question = { role: "user", content: this.#content };
-    return this.counts ? [question, { role: "assistant", content: this.answer }] : [question];
+  /** The answer as one. */
+  get answered() {
+    return { role: "assistant", content: this.answer };
   }
 }
 
@@ -88,8 +97,9 @@ export class Conversation {
   /** The body of the request that asks `turn`. */
   request(turn, model, system, sampling) {
     const opening = system ? [{ role: "system", content: system }] : [];
-    const earlier = this.before(turn).flatMap((before) => before.messages());
-    return { model, messages: [...opening, ...earlier, ...turn.messages()], ...sampling };
+    const earlier = this.before(turn).flatMap(({ asked, answered }) => [asked, answered]);
+    const messages = [...opening, ...earlier, turn.asked];
+    return { ...(model && { model }), messages, ...sampling };
   }
 
   remove(turn) {

@@ -1,12 +1,15 @@
 import { element } from "./dom.js";
 
+/** Terms whose values say themselves what they are; only screen readers get them. */
+const SELF_EXPLAINED = new Set(["Speed", "Answer"]);
 const number = new Intl.NumberFormat("en");
 
 /** What an answer cost, as terms and values. */
 export function figures(turn) {
   const list = element("dl", { class: "figures" });
   for (const [term, value] of facts(turn)) {
-    list.append(element("div", {}, element("dt", {}, term), element("dd", {}, value)));
+    const unseen = SELF_EXPLAINED.has(term) && "unseen";
+    list.append(element("div", {}, element("dt", { class: unseen }, term), element("dd", {}, value)));
   }
   return list;
 }
@@ -20,7 +23,7 @@ function* facts(turn) {
   if (usage?.prompt_tokens) {
     const cached = usage.prompt_tokens_details?.cached_tokens;
     const rest = cached ? `, ${number.format(cached)} cached` : "";
-    yield ["Prompt", tokens(usage.prompt_tokens) + rest];
+    yield ["Prompt", number.format(usage.prompt_tokens) + rest];
   }
 }
 

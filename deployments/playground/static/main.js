@@ -4,25 +4,30 @@ import { Connection } from "./connection.js";
 import { Conversation, Turn } from "./conversation.js";
 import { announce, byId } from "./dom.js";
 import { exampleButtons } from "./examples.js";
+import { setUpFollowing } from "./following.js";
 import { Settings } from "./settings.js";
 import { setUpTheme } from "./theme.js";
 import { explained } from "./troubles.js";
 import { TurnView } from "./turn-view.js";
-import { setUpFollowing } from "./following.js";
 import { setUpViewer } from "./viewer.js";
 
-const WAITING_TICK_MS = 100;
-const USAGE = { stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+const TICK_MS = 100;
+const RETRIES = 4;
+/** Asked for besides, to show it: what an answer has cost so far, with every piece. */
+const STREAMED = {
+  stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
+};
 
 const settings = new Settings();
 const connection = new Connection();
-const composer = new Composer((text, pictures) => begin(new Turn(text, pictures)));
+const composer = new Composer(begin);
 const following = setUpFollowing();
 const views = new Map();
 let conversation = new Conversation();
 let answering = null; // the AbortController of the answer that is coming
 
-function begin(turn) {
+function begin(text, pictures) {
+  const turn = new Turn(text, pictures);
   const previous = conversation.last;
   conversation.turns.push(turn);
   const view = new TurnView(turn, { again: ask, edit });
@@ -30,28 +35,21 @@ function begin(turn) {
   if (previous) views.get(previous).update({ isLast: false });
   byId("conversation").append(view.root);
   showWhatIsThere();
-  return ask(turn);
+  ask(turn);
 }
 
 async function ask(turn) {
   if (answering) return;
+  const mine = new AbortController();
   const view = views.get(turn);
-  const { system } = settings.values;
-  turn.restart();
-  turn.request = conversation.request(turn, connection.model, system, settings.sampling());
-  view.update();
-  following.start();
-  composer.focus();
-  announce("Asked. The answer is coming.");
-  const clock = setInterval(() => view.grow(), WAITING_TICK_MS);
-  const mine = answering = new AbortController();
+  answering = mine;
   composer.busy = true;
+  turn.request = conversation.request(turn, connection.model, settings.values.system, settings.sampling());
+  composer.focus();
+  announce("Sent.");
+  const clock = setInterval(() => view.grow(), TICK_MS); // the time that is waited is shown
   try {
-    for await (const piece of chat({ ...turn.request, ...USAGE }, mine.signal)) {
-      turn.take(piece);
-      view.grow();
-      following.follow();
-    }
+    await answered(turn, view, mine.signal);
     turn.status = "done";
     announce(turn.answer);
   } catch (error) {
@@ -72,11 +70,45 @@ async function ask(turn) {
   }
 }
 
+/** Takes in the answer. Where the server is full, asks again a few times, ever more patiently. */
+async function answered(turn, view, signal) {
+  for (let attempt = 0; ; attempt += 1) {
+    turn.restart();
+    view.update();
+    following.start();
+    try {
+      for await (const piece of chat({ ...turn.request, ...STREAMED }, signal)) {
+        turn.take(piece);
+        view.grow();
+        following.follow();
+      }
+      return;
+    } catch (error) {
+      if (error.kind !== "busy" || attempt === RETRIES || turn.answer) throw error;
+      await patience(turn, view, (error.retryAfter ?? 1) * 2 ** attempt, signal);
+    }
+  }
+}
+
+/** Waits, and says for how long. */
+async function patience(turn, view, seconds, signal) {
+  announce("The server is busy. Your message waits.");
+  for (let left = seconds; left > 0; left -= 1) {
+    turn.patience = `The server is busy. Trying again in ${left} s.`;
+    view.update();
+    await new Promise((resolve, reject) => {
+      const timer = setTimeout(resolve, 1000 * Math.min(1, left));
+      signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
+    });
+  }
+}
+
 function fail(turn, error) {
   const trouble = error instanceof Trouble ? error : new Trouble("failed", String(error.message));
-  turn.trouble = new Trouble(trouble.kind, explained(trouble, conversation.picturesUpTo(turn)), trouble);
+  const text = explained(trouble, turn.request, conversation.picturesUpTo(turn));
+  turn.trouble = new Trouble(trouble.kind, text);
   turn.status = "failed";
-  announce(turn.trouble.message);
+  announce(text);
   if (trouble.kind !== "refused") connection.look();
 }
 
@@ -116,7 +148,7 @@ byId("stop").addEventListener("click", stop);
 byId("new").addEventListener("click", startAnew);
 addEventListener("keydown", (event) => {
   // In an open dialog, Escape closes that first.
-  if (event.key === "Escape" && answering && !document.querySelector("dialog[open]")) stop();
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) stop();
 });
 connection.addEventListener("back", () => {
   const { last } = conversation;

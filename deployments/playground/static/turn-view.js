@@ -54,7 +54,8 @@ export class TurnView {
   }
 
   #notices(isLast) {
-    const { status, finish, trouble, request } = this.turn;
+    const { status, finish, trouble, request, patience } = this.turn;
+    if (status === "running" && patience) return [element("p", { class: "aside what" }, patience)];
     if (status === "stopped") return [element("p", { class: "aside" }, "Stopped.")];
     if (finish === "length") {
       const limit = request.max_tokens ? ` at ${request.max_tokens} tokens` : "";
