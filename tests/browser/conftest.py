@@ -60,9 +60,11 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
             "console",
-            lambda said: complaints.append(said.text)
-            if said.type in {"error", "warning"} and EXPECTED not in said.text
-            else None,
+            lambda said: (
+                complaints.append(said.text)
+                if said.type in {"error", "warning"} and EXPECTED not in said.text
+                else None
+            ),
         )
         page.goto(address)
         page.wait_for_selector("#link[data-state=ok]", state="attached")

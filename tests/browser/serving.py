@@ -71,5 +71,3 @@ class Gate:
 def pause(seconds: float) -> Callable[[], Awaitable[object]]:
     """A step of a fake engine."""
     return lambda: asyncio.sleep(seconds)
-
-

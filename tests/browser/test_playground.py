@@ -106,9 +106,10 @@ def prompt(worker: ModelWorker) -> str:
 
 def test_a_dropped_picture_is_seen_and_the_conversation_goes_on(visit: Visit, demo: str) -> None:
     page = visit(demo)
-    give(page, {}, "dragenter")
+    star = {"shape.png": encoded(simple_scene("green", "star"))}
+    give(page, star, "dragenter")
     assert page.locator("#drop").is_visible()
-    give(page, {"shape.png": encoded(simple_scene("green", "star"))})
+    give(page, star)
     page.wait_for_selector("#tray li")
     assert page.locator("#drop").is_hidden()
     ask(page, "What is in this picture?")
@@ -140,7 +141,8 @@ def test_the_examples_get_true_answers(visit: Visit, demo: str, index: int, trut
 
 def test_the_keyboard_suffices(visit: Visit, demo: str) -> None:
     page = visit(demo)
-    page.evaluate("document.activeElement.blur()")
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.evaluate("document.body.tabIndex = -1; document.body.focus()")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the message"
     page.keyboard.press("Enter")
@@ -344,7 +346,7 @@ def test_what_a_model_says_is_text(visit: Visit) -> None:
 def test_the_figures_are_the_servers(visit: Visit) -> None:
     usage = Usage(prompt_tokens=1234, completion_tokens=2, cached_tokens=1200)
     last = GenerationDelta("r", text="there", finish_reason="length", usage=usage)
-    with serving(make_worker(FakeEngine(["Hello ", pause(0.1), last]))) as address:
+    with serving(make_worker(FakeEngine(["Hello ", pause(0.25), last]))) as address:
         page = visit(address)
         ask(page, "Hi")
         answer(page)
@@ -352,13 +354,15 @@ def test_the_figures_are_the_servers(visit: Visit) -> None:
         assert "2 tokens" in figures
         assert "1,234, 1,200 cached" in figures
         speed = int(figures.split(" tokens/s")[0].split()[-1])
-        assert 3 <= speed <= 10, "one token after 0.1 s"
+        assert 2 <= speed <= 6, "one token after 0.25 s"
         assert page.locator("text=Cut off at 512 tokens").is_visible()
 
 
 def test_a_phone_needs_no_sideways_scrolling(visit: Visit) -> None:
     long = "a" * 300
-    with serving(make_worker(FakeEngine([f"https://example.com/{long} ", "and words " * 60]))) as at:
+    with serving(
+        make_worker(FakeEngine([f"https://example.com/{long} ", "and words " * 60]))
+    ) as at:
         page = visit(at, **PHONE)
         widths = [page.evaluate("document.scrollingElement.scrollWidth")]
         give(page, {f"{long[:200]}.png": encoded(Image.new("RGB", (900, 90), "red"))})
@@ -428,7 +432,7 @@ FAINT_TEXT = """() => {
         one.checkVisibility() && !one.disabled
         && [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
         .map((one) => [one.textContent.trim().slice(0, 30),
-            [light(numbers(getComputedStyle(one).color)), light(behind(one))].sort((a, b) => a - b)])
+            [numbers(getComputedStyle(one).color), behind(one)].map(light).sort((a, b) => a - b)])
         .filter(([, [low, high]]) => (high + 0.05) / (low + 0.05) < 4.5)
         .map(([text]) => text);
 }"""
@@ -538,7 +542,7 @@ def test_a_server_that_fails_midway_leaves_what_it_said(visit: Visit) -> None:
         ask(page, "What is it?")
         page.wait_for_selector(NOTICE)
         assert page.locator(ANSWER).text_content() == "A red "
-        assert "out of memory" in page.locator(NOTICE).inner_text()
+        assert "Out of memory" in page.locator(NOTICE).inner_text()
 
 
 def test_a_server_that_goes_and_comes_back(visit: Visit) -> None:
@@ -553,10 +557,10 @@ def test_a_server_that_goes_and_comes_back(visit: Visit) -> None:
     page.wait_for_selector(f"{NOTICE} >> text=cannot be reached")
     page.wait_for_selector("#link[data-state=gone]")
     with serving(make_worker(), port):
-        page.wait_for_selector("text=The server is back.")
+        page.wait_for_selector(f"{NOTICE} >> text=The server is back. Your message can")
+        assert page.locator("#link").inner_text() == "Ready"
         page.click("text=Try again")
         assert answer(page) == "A red circle."
-        assert page.locator("#link").inner_text() == "Ready"
 
 
 def test_nothing_is_loaded_from_elsewhere(visit: Visit) -> None:

@@ -14,6 +14,7 @@ export class Connection extends EventTarget {
   state = "connecting";
   #timer = 0;
   #retryMs = FIRST_RETRY_MS;
+  #looks = 0;
 
   constructor() {
     super();
@@ -24,6 +25,7 @@ export class Connection extends EventTarget {
   /** Looks now, and from then on regularly. A "back" event follows where it had been away. */
   async look() {
     clearTimeout(this.#timer);
+    const mine = ++this.#looks;
     let state = await health();
     if (state === "ok" && this.state !== "ok") {
       try {
@@ -32,10 +34,10 @@ export class Connection extends EventTarget {
         state = "gone";
       }
     }
+    if (mine !== this.#looks) return; // a later look knows better
     this.#become(state);
     const ok = state === "ok";
     this.#retryMs = ok ? FIRST_RETRY_MS : Math.min(2 * this.#retryMs, SLOWEST_RETRY_MS);
-    clearTimeout(this.#timer); // another look may have come and gone meanwhile
     if (ok && document.hidden) return; // the next look is when the page is seen again
     this.#timer = setTimeout(() => this.look(), ok ? STEADY_MS : this.#retryMs);
   }

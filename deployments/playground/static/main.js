@@ -52,6 +52,7 @@ async function ask(turn) {
     await answered(turn, view, mine.signal);
     turn.status = "done";
     announce(turn.answer);
+    if (connection.state !== "ok") connection.look(); // the next one would be seconds away
   } catch (error) {
     if (mine.signal.aborted) {
       turn.status = "stopped";
