@@ -1,3 +1,6 @@
+/** Pieces that lie in the browser together come within less, and say nothing of the model. */
+const LEAST_TIMED_S = 0.01;
+
 /**
  * One question and its answer.
  * `status`: "running", "done", "stopped" or "failed" (then `trouble` says why).
@@ -56,11 +59,11 @@ export class Turn {
     return this.firstAt ? this.firstAt - this.sentAt : null;
   }
 
-  /** Tokens per second after the first piece of text; null where all came in one. */
+  /** Tokens per second after the first piece of text; null where that is too short to tell. */
   get tokensPerSecond() {
     const seconds = (this.lastAt - this.firstAt) / 1000;
     const later = (this.usage?.completion_tokens ?? 0) - this.#tokensAtFirst;
-    return seconds > 0 && later > 0 ? later / seconds : null;
+    return seconds >= LEAST_TIMED_S && later > 0 ? later / seconds : null;
   }
 
   /** The question as a message of the API; pictures first, as models were trained. */

@@ -41,7 +41,7 @@ export class TurnView {
     const running = turn.status === "running";
     this.grow();
     this.root.dataset.status = turn.status;
-    this.answer.hidden = !running && !turn.answer;
+    this.answer.hidden = !turn.answer && (!running || turn.patience !== "");
     this.answer.setAttribute("aria-busy", String(running));
     this.notice.replaceChildren(...this.#notices(isLast));
     if (!running) this.foot.replaceChildren(figures(turn), this.#tools(isLast));
