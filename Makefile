@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install serve test lint check demo-check train-demo lock clean
+.PHONY: install serve test lint check browser-test demo-check train-demo lock clean
 
 serve: $(STAMP)
 	RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(CONFIG)
@@ -34,6 +34,11 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# The playground in headless Chromium, which the system has to have (Debian: apt install chromium).
+browser-test: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^browser = \["\([^"]*\)".*/\1/p' pyproject.toml)"
+	$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 # The gates of the demo model on thousands of held-out questions; minutes.
 demo-check: $(STAMP)

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
-from starlette.responses import JSONResponse
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
 
 from deployments.fastchat_api import fastchat_routes
 from deployments.model_worker import ModelWorker
 from deployments.openai_api import openai_routes
+from deployments.playground import accepts_html, index_page, playground_routes
 from deployments.vila_api import vila_routes
 from deployments.worker_api import worker_routes
 from models.errors import EngineDead
@@ -33,9 +34,11 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
         lifespan=lifespan,
     )
 
-    @app.get("/")
-    async def index() -> dict[str, Any]:
-        """What is served here."""
+    @app.get("/", response_model=None)
+    async def index(request: Request) -> Response | dict[str, Any]:
+        """What is served here; browsers get the playground."""
+        if accepts_html(request):
+            return index_page(request)
         return {
             "service": "tinychat-serve",
             "model": worker.model_name,
@@ -76,4 +79,5 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
     app.include_router(fastchat_routes(worker))
     app.include_router(openai_routes(worker))
     app.include_router(vila_routes(worker))
+    app.include_router(playground_routes())
     return app
