@@ -37,7 +37,6 @@ $(STAMP): $(LOCK) pyproject.toml
 
 # The playground in headless Chromium, which the system has to have (Debian: apt install chromium).
 browser-test: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^browser = \["\([^"]*\)".*/\1/p' pyproject.toml)"
 	$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 # The gates of the demo model on thousands of held-out questions; minutes.
