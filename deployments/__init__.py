@@ -14,7 +14,9 @@ a replica
     model_worker.py       ModelWorker: engine + door + pictures -> the answers' records
     door.py               how many generations may be inside
     worker_request.py     a request's JSON -> WorkerRequest
+    fields.py             fields of a request's JSON, checked by hand
     media.py              base64 -> pictures, within limits
+    image_fetcher.py      pictures by URL, from hosts that are allowed
     pacing.py             the engine's deltas -> at most so many updates a second
     records.py            the protocol's records, and errors as records
     load_reporter.py      tells the link how much this replica holds
@@ -24,21 +26,9 @@ its HTTP
     worker_api.py         the /worker_* routes of LLaVA and TinyChat
     fastchat_api.py       the routes that FastChat's workers have besides
     body.py               a request's body, within limits
-    openai_api.py         OpenAI's routes, and vLLM's beside them
-    openai_response.py    generations as JSON or server-sent events; clients that leave
-    openai_errors.py      errors in vLLM's form, with its statuses
+    openai/               OpenAI's API, with and without HTTP
     vila_api.py           /chat/completions as VILA's own server has it
-
-OpenAI's API, without HTTP
-    openai_service.py     bodies -> generations, tokens, models
-    openai_request.py     a body, checked and completed
-    openai_messages.py    `messages` -> a conversation and its pictures
-    openai_sampling.py    sampling fields and forms -> SamplingParams
-    openai_generation.py  one request's way through door, pictures, engine and pacing
-    openai_answer.py      completions and chunks as OpenAI's clients take them
-    merging.py            several answers' updates as one sequence
-    image_fetcher.py      pictures by URL, from hosts that are allowed
-    fields.py             fields of a request's JSON, checked by hand
+    playground/           the page at /
 
 the controller
     controller_link.py    ControllerLink: registers the application, and sends heartbeats

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from deployments.fastchat_api import fastchat_routes
 from deployments.model_worker import ModelWorker
-from deployments.openai_api import openai_routes
+from deployments.openai.api import openai_routes
 from deployments.playground import accepts_html, index_page, playground_routes
 from deployments.vila_api import vila_routes
 from deployments.worker_api import worker_routes

@@ -21,7 +21,7 @@ from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.load_board import ApplicationLoad
 from deployments.media import ImageLimits, decode_images
-from deployments.openai_service import OpenAIService
+from deployments.openai.service import OpenAIService
 from deployments.pacing import paced
 from deployments.records import error_record, frame, text_record
 from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest

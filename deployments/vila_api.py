@@ -18,9 +18,9 @@ from starlette.responses import Response
 
 from deployments import fields
 from deployments.model_worker import ModelWorker
-from deployments.openai_errors import ErrorReply
-from deployments.openai_generation import Generation
-from deployments.openai_response import Attended, error_response, respond
+from deployments.openai.errors import ErrorReply
+from deployments.openai.generation import Generation
+from deployments.openai.response import Attended, error_response, respond
 from deployments.worker_api import read_params
 from models.errors import InvalidRequest
 

@@ -21,7 +21,7 @@ EXPECTED = "Failed to load resource"
 
 def chromium() -> str:
     """The path of the browser, or the reason for going without."""
-    pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[browser]'")
+    pytest.importorskip("playwright.sync_api", reason="needs playwright, of the test extra")
     named = os.environ.get("CHROMIUM")
     found = named or next(filter(None, map(shutil.which, CHROMIUM)), None)
     if found is None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.openai_request import ChatRequest, CompletionRequest, OpenAILimits, Options
+from deployments.openai.request import ChatRequest, CompletionRequest, OpenAILimits, Options
 from models import Guide, SamplingParams
 from models.errors import InvalidRequest
 from tests.unit.deployments.harness import outcome

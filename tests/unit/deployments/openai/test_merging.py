@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.merging import merged
+from deployments.openai.merging import merged
 from deployments.pacing import Update
 from models import Usage
 from models.errors import EngineFault

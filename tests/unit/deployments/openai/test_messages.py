@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.openai_messages import Chat, parse_messages
+from deployments.openai.messages import Chat, parse_messages
 from models.errors import InvalidRequest
 from models.prompts import IMAGE, Message
 

@@ -13,11 +13,11 @@ from deployments.door import Door
 from deployments.image_fetcher import ImageFetcher
 from deployments.media import ImageLimits
 from deployments.model_source import AWQ_SUFFIX
-from deployments.openai_answer import ChatAnswer, CompletionAnswer, TokenNames
-from deployments.openai_errors import UnknownModel
-from deployments.openai_generation import Backend, Generation
-from deployments.openai_messages import parse_messages
-from deployments.openai_request import ChatRequest, CompletionRequest, OpenAILimits
+from deployments.openai.answer import ChatAnswer, CompletionAnswer, TokenNames
+from deployments.openai.errors import UnknownModel
+from deployments.openai.generation import Backend, Generation
+from deployments.openai.messages import parse_messages
+from deployments.openai.request import ChatRequest, CompletionRequest, OpenAILimits
 from models.errors import InvalidRequest
 
 if TYPE_CHECKING:

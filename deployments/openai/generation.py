@@ -15,10 +15,10 @@ from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.image_fetcher import ImageFetcher, is_web_url
 from deployments.media import ImageLimits, decode_images
-from deployments.merging import merged
-from deployments.openai_answer import Answer, Choice, usage_of
-from deployments.openai_messages import Picture
-from deployments.openai_request import Options
+from deployments.openai.answer import Answer, Choice, usage_of
+from deployments.openai.merging import merged
+from deployments.openai.messages import Picture
+from deployments.openai.request import Options
 from deployments.pacing import Update, paced
 from models import SamplingParams, Usage
 from models.errors import InvalidRequest

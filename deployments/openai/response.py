@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from deployments.openai_errors import ErrorReply
-from deployments.openai_generation import Generation
+from deployments.openai.errors import ErrorReply
+from deployments.openai.generation import Generation
 from deployments.worker_api import RecordStream
 
 DONE = b"data: [DONE]\n\n"

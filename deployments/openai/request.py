@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments import fields
-from deployments.openai_messages import Chat, parse_messages
-from deployments.openai_sampling import parse_sampling
+from deployments.openai.messages import Chat, parse_messages
+from deployments.openai.sampling import parse_sampling
 from models import SamplingParams
 from models.errors import InvalidRequest
 from models.prompts.tokenizer import IMAGE_PLACEHOLDER

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from deployments.model_worker import ModelWorker
-from deployments.openai_generation import Generation
-from deployments.openai_response import Attended, error_response, respond
+from deployments.openai.generation import Generation
+from deployments.openai.response import Attended, error_response, respond
 from deployments.worker_api import read_params
 
 
