@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -165,7 +165,7 @@ def durations(timing: Timing) -> list[float]:
     assert timing.started is not None
     assert timing.first_token is not None and timing.last_token is not None
     points = [timing.arrived, timing.queued, timing.started, timing.first_token, timing.last_token]
-    return [b - a for a, b in zip(points, points[1:], strict=False)]
+    return [b - a for a, b in pairwise(points)]
 
 
 def test_every_ended_request_is_reported_once(engine: Engine) -> None:
