@@ -20,7 +20,7 @@ def start_up_lines(
         access_log: where it goes.
     """
     where = f" at {address}" if address else ""
-    threads = f", {engine['threads']} threads" if engine["device"] == "cpu" else ""
+    threads = f" (threads: {engine['threads']})" if engine["device"] == "cpu" else ""
     return [
         f"{model_name} is ready{where}",
         f"model: {engine['model']} ({engine['layout']} layout, {engine['precision']}), "
