@@ -34,7 +34,11 @@ class LoggedApp:
         is_complete = False
 
         async def watched_receive() -> Message:
-            message = await receive()
+            try:
+                message = await receive()
+            except Exception:  # as Ray Serve says it, or by cancelling the whole request
+                entry.client_gone = not is_complete
+                raise
             if message["type"] == "http.disconnect" and not is_complete:
                 entry.client_gone = True
             return message
@@ -55,11 +59,12 @@ class LoggedApp:
 
         try:
             await self._app(scope, watched_receive, watched_send)
-        except asyncio.CancelledError:  # as Ray Serve says it
+        except asyncio.CancelledError:
             entry.client_gone = entry.client_gone or not is_complete
             raise
         except Exception as error:
-            entry.note_error(error)
+            if not entry.client_gone:
+                entry.note_error(error)
             raise
         finally:
             # Known only now. The pattern, since paths may hold anything.

@@ -17,6 +17,7 @@ import pytest
 
 from deployments.access_log import AccessLog, open_access_log
 from deployments.http_app import build_http_app
+from deployments.logged_app import LoggedApp
 from deployments.model_worker import ModelWorker
 from deployments.request_log import RequestEntry, RequestLog, request_id_of
 from models import GenerationDelta, Usage
@@ -191,6 +192,23 @@ async def test_a_request_that_the_server_cancels_is_gone_too() -> None:
     connection.task.cancel()
     await asyncio.gather(connection.task, return_exceptions=True)
     assert [line["client_gone"] for line in lines.parsed] == [True]
+
+
+async def test_ray_serves_receive_that_raises_says_the_same() -> None:
+    log = RequestLog()
+    closed: list[RequestEntry] = []
+    log.listeners.append(closed.append)
+
+    async def cancelled() -> Any:
+        raise RuntimeError("Task was cancelled")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(RuntimeError):
+        await LoggedApp(app, log, sends_request_id=True)(scope, cancelled, cancelled)
+    assert [(entry.client_gone, entry.error_type) for entry in closed] == [(True, None)]
 
 
 async def test_requests_side_by_side_keep_to_themselves() -> None:
