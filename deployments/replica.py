@@ -76,11 +76,15 @@ class ModelReplica(ModelWorker):
         self._metrics_task = asyncio.create_task(keep_updated(metrics))
         write, access_log = open_access_log(config.access_log, plan.model_name)
         self.requests.listeners += [metrics.note, write]
-        address = await asyncio.get_running_loop().run_in_executor(None, served_at)
+        loop = asyncio.get_running_loop()
         for line in start_up_lines(
-            plan.model_name, engine.description(),
-            address=address, max_waiting=max_waiting, access_log=access_log,
-        ):  # fmt: skip
+            plan.model_name,
+            engine.description(),
+            address=await loop.run_in_executor(None, served_at),
+            max_waiting=max_waiting,
+            access_log=access_log,
+            metrics=await loop.run_in_executor(None, metrics_at),
+        ):
             logger.info(line)
 
     # ---- what handles call, logged as HTTP's requests are ------------------------------------
@@ -166,6 +170,15 @@ def served_at() -> str | None:
     except Exception as error:  # no interface that Ray promises to keep
         logger.debug("the application's address is not to be had: %s", type(error).__name__)
         return None
+
+
+def metrics_at() -> str | None:
+    """Where Ray's exporter of this node serves its metrics."""
+    here = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == here and node["MetricsExportPort"] > 0:
+            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return None
 
 
 def live_max_ongoing_requests(default: int) -> int:

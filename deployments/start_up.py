@@ -12,12 +12,14 @@ def start_up_lines(
     address: str | None,
     max_waiting: int,
     access_log: str,
+    metrics: str | None,
 ) -> list[str]:
     """
     Args:
         engine: see `Engine.description`.
         address: the application's, where it is known.
         access_log: where it goes.
+        metrics: the address of Ray's exporter on this node, where it is known.
     """
     where = f" at {address}" if address else ""
     threads = f" (threads: {engine['threads']})" if engine["device"] == "cpu" else ""
@@ -31,4 +33,5 @@ def start_up_lines(
         f"{max_waiting} wait",
         f"picture cache: {engine['image_cache']}",
         f"access log: {access_log}",
+        *([f"metrics: {metrics}"] if metrics else []),
     ]
