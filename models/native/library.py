@@ -25,6 +25,10 @@ INSTRUCTIONS = frozenset(
     {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "bmi2", "f16c"}
 )
 
+HEAD_DIMS = (64, 96, 128)
+BLOCK_MULTIPLE = 16
+"""What `paged_attention` can do."""
+
 _pointer, _int64, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -48,6 +52,15 @@ class Kernels:
         self._matmul = library.w4a16_matmul
         self._matmul.argtypes = [_pointer, _pointer, _int64, _pointer, _int]
         self._matmul.restype = _int
+        self._dense = library.dense_matmul
+        self._dense.argtypes = [_pointer, _pointer, _int64, _int64, _int64, _pointer, _int]
+        self._dense.restype = None
+        self._attention = library.paged_attention
+        self._attention.argtypes = [
+            _pointer, _int64, _pointer, _pointer, _pointer, _pointer,
+            *[_int64] * 6, _float, _pointer, _int64, _int,
+        ]  # fmt: skip
+        self._attention.restype = _int
 
     def w4a16_pack(self, q: Tensor, scale: Tensor, zero: Tensor, multiplier: float) -> Tensor:
         """
@@ -77,6 +90,37 @@ class Kernels:
         ):
             raise MemoryError(f"no memory to multiply {rows} rows")
         return y
+
+    def dense_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x: (M, K) bf16, weight: (N, K) bf16 -> (M, N) float32."""
+        (rows, k), n = x.shape, weight.shape[0]
+        y = torch.empty(rows, n)
+        self._dense(
+            x.data_ptr(), weight.data_ptr(), rows, n, k, y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+    def paged_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, last: Tensor, out: Tensor
+    ) -> None:
+        """One query of each sequence.
+
+        Args:
+            q, out: (sequences, heads, head_dim) bf16; `out` is written. Only their sequences may
+                lie apart.
+            keys, values: (blocks, kv_heads, block_size, head_dim) bf16; see `HEAD_DIMS` and
+                `BLOCK_MULTIPLE`.
+            tables: (sequences, kv_heads, width) int64; see `KVCacheShape.tables`.
+            last: (sequences,) int64, each query's position.
+        """
+        sequences, heads, head_dim = q.shape
+        _, kv_heads, width = tables.shape
+        if self._attention(
+            q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
+            last.data_ptr(), sequences, kv_heads, heads // kv_heads, head_dim, keys.shape[2],
+            width, head_dim**-0.5, out.data_ptr(), out.stride(0), torch.get_num_threads(),
+        ):  # fmt: skip
+            raise MemoryError(f"no memory for the scores of {width * keys.shape[2]} tokens")
 
 
 @functools.cache
