@@ -6,7 +6,7 @@ FOLDER holds ggml's shared libraries, e.g. `llama_cpp/lib` of llama-cpp-python, 
 machine. onnxruntime (with onnx) is an arm where it is installed. A pass is one layer, all four
 linears one after the other, whose weights are more than a cache holds, as in decoding. The arms
 take turns, each pass of an arm follows an unmeasured one, and so does reading memory, by which
-one row is judged. Times are the least of all passes.
+one row is judged. A layer's time is the sum of its linears' least of all passes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def build_layer(ggml: Path | None, threads: int) -> tuple[dict[str, list[Product
 
 
 def measure(
-    layer: dict[str, list[Product]], rows: int, reader: Reader
+    layer: dict[str, list[Product]], rows: int, reader: Reader, turns: int
 ) -> dict[str, list[list[float]]]:
     """By arm, seconds of the four products in each pass."""
     inputs = [torch.randn(rows, k).bfloat16() for _, k in SHAPES.values()]
@@ -100,7 +100,7 @@ def measure(
     passes: dict[str, list[list[float]]] = {name: [] for name in layer}
     names = list(layer)
     slow = False
-    for turn in tqdm(range(TURNS), f"{rows} rows"):
+    for turn in tqdm(range(turns), f"{rows} rows"):
         if slow and turn >= FEWEST_TURNS:
             break
         reader.turn()
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ggml", type=Path, help="the folder of libggml-base.so and others")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--record", help="write benchmarks/records/NAME.json and docs/NAME.png")
+    parser.add_argument("--turns", type=int, default=TURNS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -130,25 +131,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reader = Reader(options.threads)
     layer, errors = build_layer(options.ggml, options.threads)
     with torch.inference_mode():
-        passes = {rows: measure(layer, rows, reader) for rows in ROWS}
+        passes = {rows: measure(layer, rows, reader, options.turns) for rows in ROWS}
     limit = reader.best_gb_per_s
     figures: dict[str, Any] = {}
     for name, products in layer.items():
-        least = {str(r): 1e3 * min(map(sum, passes[r][name])) for r in ROWS}
+        products_ms = {
+            str(rows): {
+                layer_name: 1e3 * min(column)
+                for layer_name, column in zip(SHAPES, zip(*own[name], strict=True), strict=True)
+            }
+            for rows, own in passes.items()
+        }
+        least = {rows: sum(times.values()) for rows, times in products_ms.items()}
         num_bytes = sum(product.num_bytes for product in products)
         figures[name] = {
             "layer_ms": least,
             "layer_median_ms": {
-                str(r): 1e3 * statistics.median(map(sum, passes[r][name])) for r in ROWS
+                str(rows): 1e3 * statistics.median(map(sum, own[name]))
+                for rows, own in passes.items()
             },
-            "product_ms": {
-                str(r): dict(zip(SHAPES, (1e3 * min(column) for column in zip(
-                    *passes[r][name], strict=True)), strict=True)) for r in ROWS
-            },
+            "product_ms": products_ms,
             "weights_mb": num_bytes / 1e6,
             "share_of_read_limit": num_bytes / least["1"] / 1e6 / limit,
             "relative_error": errors.get(name),
-        }  # fmt: skip
+        }
     print_figures(figures, limit, options.threads)
     goals = judge(figures)
     print_goals(goals)
