@@ -54,7 +54,7 @@ $(GUIDELLM):
 demo-check: $(STAMP)
 	$(BIN)/python -m models.demo.evaluate
 
-# From random weights to a demo checkpoint; over an hour on two cores.
+# From random weights to a demo checkpoint in ./llava-demo; 40 minutes on two cores.
 train-demo: $(STAMP)
 	$(BIN)/python -m models.demo.train
 
