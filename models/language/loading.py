@@ -22,6 +22,7 @@ from models.language.decoder import Decoder
 from models.language.families import attention_bias
 from models.language.kv_cache import head_dim
 from models.language.rope import RotaryEmbedding
+from models.placement import Placement
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -35,7 +36,7 @@ def load_decoder(
     config: PreTrainedConfig,
     *,
     max_positions: int,
-    device: torch.device,
+    device: torch.device | Placement,
     dtype: torch.dtype,
     backend: str,
 ) -> Decoder:
@@ -44,22 +45,25 @@ def load_decoder(
     Args:
         source: the language model's tensors, under transformers' names for a causal LM.
         max_positions: longest sequence that will be computed.
+        device: of the whole decoder, or of each of its parts.
         backend: of the 4-bit linears; see `models.awq.backends`.
 
     Raises:
         CheckpointError: a tensor is missing, left over or misshaped.
     """
+    if isinstance(device, torch.device):
+        device = Placement.single(device, config.num_hidden_layers)
     with init_empty_weights():
-        decoder = Decoder(config)
+        decoder = Decoder(config, device)
     _check(source, config)
     for name, module in list(decoder.named_modules()):
         if isinstance(module, nn.Linear):
-            _place_linear(decoder, name, source, device, dtype, backend)
+            _place_linear(decoder, name, source, dtype, backend)
         else:
             for parameter, _ in module.named_parameters(recurse=False):
                 full = f"{name}.{parameter}"
-                _place(decoder, full, source.get(full), device, dtype)
-    decoder.rotary = RotaryEmbedding(config, max_positions, device)
+                _place(decoder, full, source.get(full), dtype)
+    decoder.rotary = RotaryEmbedding(config, max_positions, device.embedding)
     return decoder.eval().requires_grad_(False)
 
 
@@ -116,10 +120,10 @@ def _place_linear(
     decoder: Decoder,
     name: str,
     source: WeightSource,
-    device: torch.device,
     dtype: torch.dtype,
     backend: str,
 ) -> None:
+    device = decoder.placement.of(name)
     parts = list(_checkpoint_names(name))
     has_bias = decoder.get_submodule(name).bias is not None
     bias = torch.cat([source.get(f"{part}.bias") for part in parts]) if has_bias else None
@@ -135,12 +139,16 @@ def _place_linear(
         setattr(decoder.get_submodule(parent), attribute, linear)
         return
     if name == "lm_head" and "lm_head.weight" not in source.names():
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight  # tied, placed before it
+        tied = decoder.model.embed_tokens.weight  # placed before it
+        if device == decoder.placement.embedding:
+            decoder.lm_head.weight = tied
+        else:
+            _place(decoder, "lm_head.weight", tied, dtype)
         return
     weights = [source.get(f"{part}.weight") for part in parts]
-    _place(decoder, f"{name}.weight", torch.cat(weights), device, dtype)
+    _place(decoder, f"{name}.weight", torch.cat(weights), dtype)
     if bias is not None:
-        _place(decoder, f"{name}.bias", bias, device, dtype)
+        _place(decoder, f"{name}.bias", bias, dtype)
 
 
 def _checkpoint_names(name: str) -> Iterator[str]:
@@ -149,7 +157,6 @@ def _checkpoint_names(name: str) -> Iterator[str]:
         yield f"{parent}.{part}" if parent else part
 
 
-def _place(
-    decoder: Decoder, name: str, value: Tensor, device: torch.device, dtype: torch.dtype
-) -> None:
+def _place(decoder: Decoder, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    device = decoder.placement.of(name)
     set_module_tensor_to_device(decoder, name, device, value=value, dtype=dtype)
