@@ -125,7 +125,12 @@ def _spread(skeleton: Skeleton, memory: Mapping[torch.device, int]) -> Placement
     gpus = [*memory]
     limits: dict[int | str, int | str] = {i: max(0, memory[gpu]) for i, gpu in enumerate(gpus)}
     balanced = get_balanced_memory(skeleton, limits, no_split_module_classes=[*WHOLE])
-    found = infer_auto_device_map(skeleton, balanced, no_split_module_classes=[*WHOLE])
+    found = infer_auto_device_map(
+        skeleton,
+        balanced,
+        no_split_module_classes=[*WHOLE],
+        offload_buffers=True,  # the KV cache is of buffers, for which no room is kept elsewhere
+    )
     if not set(found.values()) <= set(range(len(gpus))):  # the rest would go to the disk
         raise ConfigurationError(_too_large(skeleton, memory, gpus))
 
