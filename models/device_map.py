@@ -6,7 +6,9 @@ each of them and step. Spreading makes room; it does not make a step faster.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -55,13 +57,12 @@ def choose_placement(
     dtype: torch.dtype,
     device_map: DeviceMap,
     options: EngineOptions,
-    context_length: int,
 ) -> Placement:
     """
     Args:
         device: "cuda" without a number stands for all GPUs that are visible.
         device_map: "single"; "balanced" (over all GPUs); or "auto": balanced where the weights and
-            the KV cache of one request of `context_length` do not fit one GPU.
+            the KV cache of one request do not fit one GPU.
 
     Raises:
         CheckpointError: what loading would raise for the headers.
@@ -81,21 +82,56 @@ def choose_placement(
                 else f"device is {device}; use device: cuda, or device_map: auto"
             )
         )
-    spec = checkpoint.spec
     if device.type != "cuda":
-        return Placement.single(device, spec.language.num_hidden_layers)
+        return Placement.single(device, checkpoint.spec.language.num_hidden_layers)
+    gpus = [torch.device("cuda", i) for i in range(count)] if count > 1 else [device]
+    memory = {gpu: gpu_budget(gpu, options.gpu_memory_utilization) for gpu in gpus}
+    return place(_skeleton(checkpoint, dtype, options), memory, device_map)
+
+
+def gpus_needed(
+    checkpoint: Checkpoint, dtype: str, options: EngineOptions, gpu_bytes: int, most: int
+) -> int:
+    """How many GPUs of that size, otherwise unused, `choose_placement` would take.
+
+    Args:
+        dtype: of activations, by its name; "auto" is one of 16 bits.
+        most: GPUs that there are.
+
+    Raises:
+        CheckpointError: what loading would raise for the headers.
+        ConfigurationError: they would not do.
+    """
+    width = torch.float32 if dtype == "float32" else torch.bfloat16
+    skeleton = _skeleton(checkpoint, width, options)
+    usable = int(gpu_bytes * options.gpu_memory_utilization)
+    if skeleton.weight_bytes + skeleton.kv_bytes <= usable:
+        return 1
+    for count in range(min(2, most), most):
+        with suppress(ConfigurationError):
+            place(skeleton, _alike(count, usable), "auto")
+            return count
+    place(skeleton, _alike(most, usable), "auto")
+    return most
+
+
+def _alike(count: int, usable: int) -> dict[torch.device, int]:
+    return {torch.device("cuda", index): usable for index in range(count)}
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, options: EngineOptions) -> Skeleton:
+    """With the KV cache of one request, or the one that is asked for."""
+    spec = checkpoint.spec
     shape = KVCacheShape.of(spec.language, options.block_size, dtype)
+    context_length = min(options.max_model_len or spec.context_length, spec.context_length)
     blocks = -(-context_length // shape.block_size)
     if options.kv_cache_bytes is not None:
         blocks = options.kv_cache_bytes // shape.bytes_per_block
-    skeleton = Skeleton(
+    return Skeleton(
         vision_skeleton(checkpoint, dtype),
         decoder_skeleton(checkpoint, dtype),
         blocks * shape.layer_bytes_per_block,
     )
-    gpus = [torch.device("cuda", i) for i in range(count)] if count > 1 else [device]
-    memory = [gpu_budget(gpu, options.gpu_memory_utilization) for gpu in gpus]
-    return place(skeleton, dict(zip(gpus, memory, strict=True)), device_map)
 
 
 def place(
@@ -124,15 +160,20 @@ def place(
 def _spread(skeleton: Skeleton, memory: Mapping[torch.device, int]) -> Placement:
     gpus = [*memory]
     limits: dict[int | str, int | str] = {i: max(0, memory[gpu]) for i, gpu in enumerate(gpus)}
-    balanced = get_balanced_memory(skeleton, limits, no_split_module_classes=[*WHOLE])
-    found = infer_auto_device_map(
-        skeleton,
-        balanced,
-        no_split_module_classes=[*WHOLE],
-        offload_buffers=True,  # the KV cache is of buffers, for which no room is kept elsewhere
-    )
-    if not set(found.values()) <= set(range(len(gpus))):  # the rest would go to the disk
-        raise ConfigurationError(_too_large(skeleton, memory, gpus))
+    with _accelerate_quiet():
+        balanced = get_balanced_memory(skeleton, {**limits}, no_split_module_classes=[*WHOLE])
+        # Of very unequal GPUs the balance takes too little.
+        for most in (balanced, limits):
+            found = infer_auto_device_map(
+                skeleton,
+                most,
+                no_split_module_classes=[*WHOLE],
+                offload_buffers=True,  # else room for the KV cache, of buffers, is kept elsewhere
+            )
+            if set(found.values()) <= set(range(len(gpus))):  # and nothing is left for the disk
+                break
+        else:
+            raise ConfigurationError(_too_large(skeleton, memory, gpus))
 
     def of(name: str) -> torch.device:
         """By the longest part of its name that is listed."""
@@ -148,6 +189,18 @@ def _spread(skeleton: Skeleton, memory: Mapping[torch.device, int]) -> Placement
         norm=of("decoder.model.norm"),
         head=of("decoder.lm_head"),
     )
+
+
+@contextmanager
+def _accelerate_quiet() -> Iterator[None]:
+    """It warns of GPUs that are not on this machine, even where only a plan for another is made."""
+    log = logging.getLogger(infer_auto_device_map.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _too_large(

@@ -152,7 +152,7 @@ def load_core(
     tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
     check_vocabulary(tokenizer, spec.language)
     conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
-    placement = choose_placement(checkpoint, target, kind, device_map, options, context_length)
+    placement = choose_placement(checkpoint, target, kind, device_map, options)
     vision = load_vision(checkpoint, placement.vision, kind)
     decoder = load_decoder(
         checkpoint.language,

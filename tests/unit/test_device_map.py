@@ -1,4 +1,4 @@
-"""Which parts of a model go to which GPU, by memory that is made up; on GPUs if there are two."""
+"""Which parts go to which GPU, by memory that is made up; and on GPUs, if there are two."""
 
 from __future__ import annotations
 
@@ -116,6 +116,12 @@ def test_a_small_gpu_gets_fewer_layers(seven_b: Skeleton) -> None:
     assert 0 < counts[torch.device("cuda", 0)] < counts[torch.device("cuda", 1)]
 
 
+def test_very_unequal_gpus_are_filled_as_far_as_they_go(seven_b: Skeleton) -> None:
+    memory = gpus(12, 2.5, 2.5)
+    placement = place(seven_b, memory, "auto")
+    assert all(taken <= memory[device] for device, taken in used(placement).items())
+
+
 def test_a_gpu_that_others_have_filled_gets_nothing(seven_b: Skeleton) -> None:
     placement = place(seven_b, gpus(9, -1, 9), "auto")
     assert torch.device("cuda", 1) not in placement.devices
@@ -172,7 +178,7 @@ def test_an_unknown_map_and_a_map_for_what_is_no_set_of_gpus_are_refused(checkpo
             choose_placement(
                 opened, torch.device(device), torch.bfloat16,
                 device_map,  # type: ignore[arg-type]
-                EngineOptions(), 1024,
+                EngineOptions(),
             )  # fmt: skip
 
 
