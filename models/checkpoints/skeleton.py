@@ -83,6 +83,9 @@ class _WithoutData(WeightSource):
         header = self._place(name).header
         return torch.empty(header.shape, dtype=header.dtype, device=META)
 
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """There is nothing to copy."""
+
     def quantized(self, linear: str) -> QuantizedWeight:
         n, k = self._linears[linear]
         groups = (n, k // self._group_size)

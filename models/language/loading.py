@@ -7,16 +7,16 @@ packed for the device and let go, so that the peak of memory is one layer above 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from models.awq import QuantizedWeight, W4A16Linear
 from models.checkpoints import WeightSource
+from models.checkpoints.parameters import load_parameter
 from models.errors import CheckpointError
 from models.language.decoder import Decoder
 from models.language.families import attention_bias
@@ -62,7 +62,7 @@ def load_decoder(
         else:
             for parameter, _ in module.named_parameters(recurse=False):
                 full = f"{name}.{parameter}"
-                _place(decoder, full, source.get(full), dtype)
+                _place(decoder, full, [full], source, dtype)
     decoder.rotary = RotaryEmbedding(config, max_positions, device.embedding)
     return decoder.eval().requires_grad_(False)
 
@@ -125,13 +125,14 @@ def _place_linear(
 ) -> None:
     device = decoder.placement.of(name)
     parts = list(_checkpoint_names(name))
-    has_bias = decoder.get_submodule(name).bias is not None
-    bias = torch.cat([source.get(f"{part}.bias") for part in parts]) if has_bias else None
+    biased = decoder.get_submodule(name).bias is not None
+    biases = [f"{part}.bias" for part in parts]
     if source.are_quantized(parts):
         try:
             weight = QuantizedWeight.cat([source.quantized(part) for part in parts])
         except ValueError as error:
             raise CheckpointError(f"{name}, made of {', '.join(parts)}: {error}") from error
+        bias = torch.cat([source.get(each) for each in biases]) if biased else None
         parent, _, attribute = name.rpartition(".")
         linear = W4A16Linear.from_quantized(
             weight, bias, backend=backend, device=device, dtype=dtype
@@ -143,12 +144,11 @@ def _place_linear(
         if device == decoder.placement.embedding:
             decoder.lm_head.weight = tied
         else:
-            _place(decoder, "lm_head.weight", tied, dtype)
+            decoder.lm_head.weight = nn.Parameter(tied.to(device), requires_grad=False)
         return
-    weights = [source.get(f"{part}.weight") for part in parts]
-    _place(decoder, f"{name}.weight", torch.cat(weights), dtype)
-    if bias is not None:
-        _place(decoder, f"{name}.bias", bias, dtype)
+    _place(decoder, f"{name}.weight", [f"{part}.weight" for part in parts], source, dtype)
+    if biased:
+        _place(decoder, f"{name}.bias", biases, source, dtype)
 
 
 def _checkpoint_names(name: str) -> Iterator[str]:
@@ -157,6 +157,8 @@ def _checkpoint_names(name: str) -> Iterator[str]:
         yield f"{parent}.{part}" if parent else part
 
 
-def _place(decoder: Decoder, name: str, value: Tensor, dtype: torch.dtype) -> None:
+def _place(
+    decoder: Decoder, name: str, parts: Sequence[str], source: WeightSource, dtype: torch.dtype
+) -> None:
     device = decoder.placement.of(name)
-    set_module_tensor_to_device(decoder, name, device, value=value, dtype=dtype)
+    load_parameter(decoder, name, parts, source, device=device, dtype=dtype)

@@ -56,6 +56,12 @@ class MemorySource:
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        out.copy_(self.tensors[name])
+
     def is_quantized(self, linear: str) -> bool:
         return linear in self.layers
 
