@@ -19,7 +19,7 @@ from models.checkpoints.inspection import inspect_checkpoint, render
 from models.checkpoints.synthesis import FAMILIES, OUTPUT_FORMATS, synthesize
 from models.checkpoints.synthesis.synthesize import GROUP_SIZES
 from models.errors import CheckpointError
-from tests.synthetic import rewrite_json, rewrite_tensors
+from tests.checkpoint_files import rewrite_json, rewrite_tensors
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from models.checkpoints.tensor_files import (
     open_weight_sets,
 )  # fmt: skip
 from models.errors import CheckpointError
-from tests.synthetic import awq_file, write_tensors, write_tiny_llava, write_tiny_vila
+from tests.checkpoint_files import awq_file, write_tensors
+from tests.tiny import write_tiny_llava, write_tiny_vila
 
 
 class Attack:

@@ -13,7 +13,7 @@ from deployments.config import AppConfig
 from deployments.model_source import default_name, registered_name, resolve_model
 from deployments.plan import Plan, make_plan
 from models.errors import ConfigurationError
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 
 LAPTOP = Cluster((Node(cpus=8, gpus=0),))
 GPU_BOX = Cluster((Node(cpus=16, gpus=2),))

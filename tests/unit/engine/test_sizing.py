@@ -16,7 +16,7 @@ from models.engine.sizing import EngineSizes, keeps_bf16_copy, resolve_sizes, th
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.placement import Placement
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 
 CPU = torch.device("cpu")
 ON_CPU = Placement.single(CPU, 3)
