@@ -7,7 +7,7 @@ prompts. An `AttentionBatch` says where each token's keys lie; a backend compute
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,10 @@ class PromptChunk:
     """(kv_heads, blocks) int64, all blocks from the sequence's beginning to the chunk's end."""
     mask: Tensor | None
     """(rows, context + rows) bool, True where attended; None where plain causal will do."""
+
+    def to(self, device: torch.device) -> PromptChunk:
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, tables=self.tables.to(device), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,17 @@ class AttentionBatch:
             decode_tables=shape.tables(tables).to(device),
             decode_mask=mask[:, None, None, :].to(device),
             prompts=tuple(prompts),
+        )
+
+    def to(self, device: torch.device) -> AttentionBatch:
+        """The same layout, for layers on another device."""
+        return replace(
+            self,
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            decode_tables=self.decode_tables.to(device),
+            decode_mask=self.decode_mask.to(device),
+            prompts=tuple(chunk.to(device) for chunk in self.prompts),
         )
 
 

@@ -25,7 +25,7 @@ from models.errors import InvalidRequest
 from models.prompts import Tokenizer, load_tokenizer
 from models.prompts.huggingface import HuggingFaceTokenizer
 from models.prompts.sentencepiece_ import SentencePieceTokenizer
-from tests.synthetic import tokenizer_model, write_tiny_llava
+from tests.tiny import tokenizer_model, write_tiny_llava
 
 SCHEMA = {
     "type": "object",

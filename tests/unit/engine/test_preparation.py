@@ -15,7 +15,7 @@ from models.engine.sampling_params import SamplingParams
 from models.errors import InvalidRequest, TinyChatError
 from models.prompts import IMAGE_TOKEN_ID, load_tokenizer
 from models.vision import ImagePreprocessor
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 
 PICTURE = Image.new("RGB", (40, 30), (200, 30, 30))
 PARAMS = SamplingParams()
