@@ -7,6 +7,7 @@ what is deployed
     cluster.py            which processors the cluster's nodes have
     model_source.py       `model_path` -> a folder, or a Hub id
     launcher.py           `python -m deployments`: TinyChat's flags, and a drain at the end
+    ingress.py            HAProxy in front of the replicas, where it is there
     client.py             `python -m deployments.client`: ask from the terminal
 
 a replica

@@ -2,7 +2,8 @@
 
 Requests wait in one line, first come first served, and run at most `max_num_seqs` at a time. A
 step's budget of tokens goes to the running decodes first (one token each), then to prompts, cut
-into chunks, so that a long prompt never stalls the streams. When the KV cache runs short the
+into chunks, so that a long prompt never stalls the streams. A request whose beginning another one
+is just computing waits for it. When the KV cache runs short the
 youngest running request gives its blocks back and is computed again later; none is dropped.
 """
 
@@ -92,6 +93,10 @@ class Scheduler:
         """Whether a step would do something. Guides that are being compiled are nobody's work."""
         return bool(self.running) or any(seq.is_ready for seq in self.waiting)
 
+    @property
+    def _has_slot(self) -> bool:
+        return len(self.running) < self.max_num_seqs
+
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
@@ -133,9 +138,15 @@ class Scheduler:
         for seq in self.running:
             if id(seq) not in scheduled and budget > 0:
                 budget -= self._schedule_prompt(seq, budget, batch)
-        if self.num_preemptions == preempted:
-            while budget > 0 and (first := self._next_waiting()) and self._admit(first):
-                budget -= self._schedule_prompt(self.running[-1], budget, batch)
+        if self.num_preemptions == preempted and self._has_slot and self.waiting:
+            coming = {key for seq in self.running for key in self._keys_to_come(seq)}
+            for seq in [s for s in self.waiting if s.is_ready]:
+                if self._gains_by_waiting(seq, coming):
+                    continue
+                if budget <= 0 or not self._admit(seq):
+                    break
+                budget -= self._schedule_prompt(seq, budget, batch)
+                coming.update(self._keys_to_come(seq))
         batch.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)
         return batch
 
@@ -183,13 +194,33 @@ class Scheduler:
         batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + size))
         return size
 
-    def _next_waiting(self) -> Sequence | None:
-        """The first in the line; those whose guides are still being compiled let others pass."""
-        return next((seq for seq in self.waiting if seq.is_ready), None)
+    def _keys_to_come(self, seq: Sequence) -> list[bytes]:
+        """Of the full blocks that a running sequence's prefill is still to compute."""
+        if not self.pool.enable_prefix_caching or seq.num_uncomputed == 1:
+            return []
+        full = len(seq.token_ids) // self.pool.block_size
+        return [seq.prefix.block(i, seq.token_ids)[0] for i in range(seq.num_known_blocks, full)]
+
+    def _gains_by_waiting(self, seq: Sequence, coming: set[bytes]) -> bool:
+        """Whether a running prefill is about to compute most of what a waiting one still needs.
+
+        Such a one lets others pass until then, so that many users of one long system prompt, or of
+        one picture, have it computed once, even if they all come at the same time.
+        """
+        if not coming:
+            return False
+        last = len(seq.token_ids) - 1
+        index = known = len(self.pool.match(seq.prefix, seq.token_ids, last))
+        while index < last // self.pool.block_size:
+            if seq.prefix.block(index, seq.token_ids)[0] not in coming:
+                break
+            index += 1
+        size = self.pool.block_size
+        return (index - known) * size > len(seq.token_ids) - index * size
 
     def _admit(self, seq: Sequence) -> bool:
         """Moves a waiting sequence to the running ones if slot and blocks are there."""
-        if len(self.running) >= self.max_num_seqs:
+        if not self._has_slot:
             return False
         # The last token is computed in any case, since its logits choose the next one.
         matched = self.pool.match(seq.prefix, seq.token_ids, len(seq.token_ids) - 1)
