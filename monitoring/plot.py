@@ -108,7 +108,7 @@ def draw(
         axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
         axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
         if len(series) <= MAX_LEGEND:
-            axes.legend(fontsize=7, loc="upper left", framealpha=0.6)
+            axes.legend(fontsize=7, loc="best", framealpha=0.6)
     else:
         axes.set_xticks([])
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="gray")
