@@ -279,6 +279,23 @@ def test_a_mad_guide_is_compiled_or_refused_in_bounded_time(name: str) -> None:
     assert longest < 0.5
 
 
+def test_a_compile_leaves_the_interpreter_to_the_steps() -> None:
+    """It runs in a thread, and would stall every stream if it held the lock meanwhile."""
+    tokenizer = TOKENIZERS["metaspace"]()
+    compiler = GuideCompiler(tokenizer, tokenizer.eos_token_ids)
+    compiler.compile(GUIDES["choice"])  # builds the vocabulary
+    compiled = threading.Event()
+    future = compiler.submit(MAD["wide"], compiled.set)
+    began = last = time.perf_counter()
+    longest = 0.0
+    while not compiled.is_set():
+        time.sleep(0.0005)
+        longest = max(longest, (now := time.perf_counter()) - last)
+        last = now
+    future.result()
+    assert longest < (last - began) / 2
+
+
 async def test_a_slow_compile_stalls_nobody(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
