@@ -259,21 +259,22 @@ MAD: dict[str, Guide] = {
 
 @pytest.mark.parametrize("name", MAD)
 def test_a_mad_guide_is_compiled_or_refused_in_bounded_time(name: str) -> None:
+    """Of the processor's: whatever else this machine is doing."""
     tokenizer = TOKENIZERS["metaspace"]()
     compiler = GuideCompiler(tokenizer, tokenizer.eos_token_ids)
-    longest, started = 0.0, time.perf_counter()
+    longest, started = 0.0, time.thread_time()
     try:
         matcher = compiler.compile(MAD[name])
     except InvalidRequest:
         return
     finally:
-        assert time.perf_counter() - started < 3
+        assert time.thread_time() - started < 3
     for step in range(40):  # or it is refused on its way, by its limits
         if matcher.error is not None or matcher.has_ended:
             break
-        begun = time.perf_counter()
+        begun = time.thread_time()
         choices = allowed(matcher, tokenizer)
-        longest = max(longest, time.perf_counter() - begun)
+        longest = max(longest, time.thread_time() - begun)
         if choices:
             matcher.advance(choices[step % len(choices)])
     assert longest < 0.5
