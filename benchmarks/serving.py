@@ -1,6 +1,7 @@
 """A worker over HTTP against the bare engine, and against transformers' `generate`.
 
-python -m benchmarks.serving [--way launcher|"serve run"] [--transformers] [--record NAME]
+python -m benchmarks.serving [--way launcher|"serve run"|"make serve"] [--transformers]
+                            [--record NAME]
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from deployments.launcher import main
+from deployments.ingress import prefer_haproxy
+
+prefer_haproxy()  # before Ray Serve is imported
+
+from deployments.launcher import main  # noqa: E402
 
 sys.exit(main())

@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-register", action="store_true", help="serve without telling any controller"
     )
+    parser.add_argument(
+        "--metrics-port", type=int, default=None, help="of Ray's exporter; default: a free one"
+    )
     return parser
 
 
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = ".".join(map(str, problem["loc"]))
             print(f"{where}: {problem['msg']}" if where else problem["msg"], file=sys.stderr)
         return 2
-    start_ray()
+    start_ray(options.metrics_port)
     stop = StopSignal()  # after Ray, which has a handler of its own
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
@@ -136,7 +139,7 @@ class StopSignal:
         self._event.set()
 
 
-def start_ray() -> None:
+def start_ray(metrics_port: int | None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, namespace="serve")
@@ -146,6 +149,7 @@ def start_ray() -> None:
         namespace="serve",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
+        _metrics_export_port=metrics_port,
     )
 
 
