@@ -17,8 +17,10 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in one step at most, decodes included: the size of
             a prefill chunk; default 2,048 on a GPU, 512 on a CPU.
         block_size: tokens in a KV block.
-        bf16_copy: on a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are
-            computed up to 2.5 times as fast; default: where a quarter of the free memory holds it.
+        bf16_copy: on a CPU without AVX-512's bf16 instructions, or without a C++ compiler: keep a
+            16-bit copy of 4-bit weights besides, with which prompts are computed up to 2.5 times
+            as fast; default: where a quarter of the free memory holds it. Elsewhere our own
+            kernel computes them, and needs none.
         gpu_memory_utilization: share of each GPU's memory for weights, activations and KV cache.
         kv_cache_bytes: size of the KV cache; default on a GPU: what `gpu_memory_utilization`
             leaves; on a CPU: `max_num_seqs` full contexts, at most a quarter of the free memory.
