@@ -16,11 +16,18 @@ from pathlib import Path
 
 import requests
 
+from models.command_line import HelpFormatter
 from models.prompts import Message, get_template, written_templates
 
 IMAGE_PLACEHOLDER = "<image>"
 TIMEOUT_S = (5, 60)
 """To connect; between two records. A worker sends a sign of life every few seconds."""
+EXAMPLES = """\
+examples:
+  python -m deployments.client docs/shapes.png "What is in this image?"
+  python -m deployments.client photo.jpg "Describe it." --url http://192.0.2.10:40000 \\
+      --template llama_3 --temperature 0
+"""
 
 
 class WorkerError(Exception):
@@ -79,23 +86,42 @@ def ask(
         raise WorkerError(f"no answer from {url}: {type(error).__name__}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m deployments.client", description="Ask a worker about a picture."
+        prog="python -m deployments.client",
+        description="Ask a running worker about a picture, and print the answer as it comes.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("image", type=Path, help="a PNG, JPEG, WebP, ... file")
-    parser.add_argument("question", help="what to ask about it")
-    parser.add_argument("--url", default="http://localhost:21002", help="default: %(default)s")
-    parser.add_argument("--model", default="", help="its name, where the address is a controller's")
-    parser.add_argument("--temperature", type=float, default=0.2, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("image", type=Path, help="a PNG, JPEG, WebP, GIF, BMP or TIFF file")
+    parser.add_argument(
+        "question",
+        help="what to ask; the picture stands before it, or where it says <image>",
+    )
+    parser.add_argument(
+        "--url", default="http://localhost:21002", help="the worker's address, or a controller's"
+    )
+    parser.add_argument(
+        "--model", default="", help="its registered name, which only a controller needs"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.2, help="0 always takes the likeliest token"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens"
+    )
     parser.add_argument(
         "--template",
         choices=written_templates(),
         default="vicuna_v1",
-        help="the conversation format that the model was trained with; default: %(default)s",
+        help="the conversation format that the model was trained with, as `python -m "
+        "models.checkpoints inspect` names it",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     try:
         picture = options.image.read_bytes()
     except OSError as error:

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch.func import functional_call
 from tqdm import tqdm
 
+from models.command_line import HelpFormatter
 from models.demo import DEMO_CHECKPOINT
 from models.demo.batches import batches_ahead, make_batches
 from models.demo.export import export_checkpoint
@@ -232,11 +233,25 @@ def _with_passive_threads() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.demo.train")
-    parser.add_argument("--output", type=Path, default=DEMO_CHECKPOINT, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a checkpoint, to repeat the last phase with")
-    parser.add_argument("--quick", action="store_true", help="only to see that it all runs")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.demo.train", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        metavar="FOLDER",
+        help="where the checkpoint goes, now and then and at the end, in place of what is there; default: over the one that ships",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
+    parser.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="a checkpoint, to repeat the last phase with"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="learn nothing, in two minutes: to see that it all runs",
+    )
     options = parser.parse_args(arguments)
     schedule = QUICK if options.quick else Schedule()
     if options.start is None:
