@@ -241,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         default=DEMO_CHECKPOINT,
         metavar="FOLDER",
-        help="where the checkpoint goes, now and then and at the end, in place of what is there; default: over the one that ships",
+        help="where the checkpoint goes, now and then and at the end, in place of what is there; "
+        "default: over the one that ships",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
     parser.add_argument(
