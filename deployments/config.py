@@ -58,8 +58,8 @@ class AppConfig(BaseModel):
     conv_mode: str | None = Field(
         None,
         description="The conversation template (LLaVA's word): it writes the prompts of /v1, its "
-        "tokens end answers, and FastChat's front ends ask for it. `tokenizer` is the chat template "
-        "in the checkpoint. Default: the one that the model's name suggests.",
+        "tokens end answers, and FastChat's front ends ask for it. `tokenizer` is the chat "
+        "template in the checkpoint. Default: the one that the model's name suggests.",
     )
     token_order: Literal["row", "column"] | None = Field(
         None,

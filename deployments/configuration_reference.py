@@ -35,7 +35,8 @@ under `args:` is the application's, all else is Ray Serve's own:
 |---|---|
 | `http_options:` | `host` and `port` to listen on |
 | `applications:` `- args:` | everything below: the model, the engine, requests, the controller |
-| `applications:` `- deployments:` | `name: ModelWorker` with [Ray Serve's options]({SERVE_OPTIONS}): replicas, autoscaling,\
+| `applications:` `- deployments:` | `name: ModelWorker` with [Ray Serve's\
+ options]({SERVE_OPTIONS}): replicas, autoscaling,\
  `max_ongoing_requests`, `ray_actor_options` |
 | `logging_config:` | the level of Ray Serve's logs |
 
