@@ -48,7 +48,7 @@ def ask(
     """Yields the answer's pieces as they come.
 
     Args:
-        url: the worker's address, "http://localhost:21002".
+        url: the worker's address, "http://localhost:21002"; http:// may be left out.
         prompt: with one `<image>` for each picture.
         images: the pictures' files as they are.
         model: its name; only a controller in between needs it.
@@ -67,12 +67,13 @@ def ask(
         "stop": list(stop),
     }
     shown = len(prompt)
+    url = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         with requests.post(
-            f"{url.rstrip('/')}/worker_generate_stream", json=body, stream=True, timeout=TIMEOUT_S
+            f"{url}/worker_generate_stream", json=body, stream=True, timeout=TIMEOUT_S
         ) as response:
             if response.status_code != requests.codes.ok:
-                raise WorkerError(f"{url} answered {response.status_code}: {response.text[:200]}")
+                raise WorkerError(_refusal(url, response))
             for chunk in response.iter_lines(decode_unicode=False, delimiter=b"\0"):
                 if not chunk:
                     continue
@@ -82,8 +83,17 @@ def ask(
                 if len(record["text"]) > shown:
                     yield record["text"][shown:]
                     shown = len(record["text"])
+    except requests.ConnectionError as error:
+        raise WorkerError(f"nothing answers at {url}; is the worker running there?") from error
     except requests.RequestException as error:
         raise WorkerError(f"no answer from {url}: {type(error).__name__}") from error
+
+
+def _refusal(url: str, response: requests.Response) -> str:
+    text = f"{url} answered {response.status_code}: {response.text[:200]}"
+    if response.status_code == requests.codes.not_found:
+        text += f"; is {url} a worker's or controller's address, without a path?"
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:

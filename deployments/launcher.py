@@ -8,9 +8,11 @@ running answers finish, leave the controller, and end with status 0.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -150,6 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = ".".join(map(str, problem["loc"]))
             print(f"{where}: {problem['msg']}" if where else problem["msg"], file=sys.stderr)
         return 2
+    if "RAY_ADDRESS" not in os.environ and is_taken(options.host, options.port):
+        print(
+            f"port {options.port} is taken: is another worker running on {options.host}? Stop it, "
+            "or give another --port (and --worker-address)",
+            file=sys.stderr,
+        )
+        return 1
     start_ray()
     stop = StopSignal()  # after Ray, which has a handler of its own
     try:
@@ -188,6 +197,21 @@ class StopSignal:
     def _receive(self, *_: Any) -> None:
         self._received += 1
         self._event.set()
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether something listens there already; Ray Serve says so by many stack traces only."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, *_, address in addresses:
+        try:
+            socket.create_server(address[:2], family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+    return False
 
 
 def start_ray() -> None:
