@@ -184,6 +184,16 @@ class AppConfig(BaseModel):
         description="Most records a second in a stream; tokens that come faster share a record.",
     )
 
+    # ---- the log ------------------------------------------------------------------------------
+    access_log: Literal["file", "console", "off"] = Field(
+        "file",
+        description="Where each request's JSON line goes: to a file of each replica beside Ray "
+        "Serve's logs, to the console of `serve run`, or nowhere.",
+    )
+    log_content: bool = Field(
+        False, description="Put prompts and answers, never pictures, into the access log."
+    )
+
     # ---- the controller (TinyChat's words) ----------------------------------------------------
     no_register: bool = Field(False, description="Do not register with a controller.")
     controller_addr: str = Field(

@@ -8,11 +8,9 @@ running answers finish, leave the controller, and end with status 0.
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.app import GRACEFUL_SHUTDOWN_TIMEOUT_S, build
 from deployments.config import AppConfig
+from deployments.preflight import is_taken, validation_problems
 from models.command_line import HelpFormatter
 from models.errors import TinyChatError
 
@@ -121,6 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-register", action="store_true", help="serve without telling any controller"
     )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        default=None,
+        metavar="PORT",
+        help="of Ray's metrics exporter; default: a free one",
+    )
     return parser
 
 
@@ -148,9 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = app_config(options)
     except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            print(f"{where}: {problem['msg']}" if where else problem["msg"], file=sys.stderr)
+        for problem in validation_problems(error):
+            print(problem, file=sys.stderr)
         return 2
     if "RAY_ADDRESS" not in os.environ and is_taken(options.host, options.port):
         print(
@@ -159,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    start_ray()
+    start_ray(options.metrics_port)
     stop = StopSignal()  # after Ray, which has a handler of its own
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
@@ -199,22 +204,7 @@ class StopSignal:
         self._event.set()
 
 
-def is_taken(host: str, port: int) -> bool:
-    """Whether something listens there already; Ray Serve says so by many stack traces only."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    for family, *_, address in addresses:
-        try:
-            socket.create_server(address[:2], family=family).close()
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return True
-    return False
-
-
-def start_ray() -> None:
+def start_ray(metrics_port: int | None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, namespace="serve")
@@ -224,6 +214,7 @@ def start_ray() -> None:
         namespace="serve",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
+        _metrics_export_port=metrics_port,
     )
 
 

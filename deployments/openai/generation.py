@@ -20,6 +20,7 @@ from deployments.openai.merging import merged
 from deployments.openai.messages import Picture
 from deployments.openai.request import Options
 from deployments.pacing import Update, paced
+from deployments.request_log import current_entry
 from models import SamplingParams, Usage
 from models.errors import InvalidRequest
 
@@ -121,6 +122,8 @@ class Generation:
             TinyChatError: whatever is wrong with the request, the queue or the engine.
         """
         with self._backend.door.enter(self.num_choices):
+            for prompt in self._prompts:
+                current_entry().add_prompt(prompt, len(self._pictures))
             images = await self._images()
             streams = [self._start(index, images, interval_s) for index in range(self.num_choices)]
             del images  # each stream lets go of them once it has prepared its own
@@ -166,6 +169,7 @@ class Generation:
             queue_timeout_s=config.queue_timeout_s,
             min_interval_s=interval_s,
         )
+        deltas = current_entry().watched(deltas, counts_prompt=index % self.options.n == 0)
         return paced(deltas, min_interval_s=interval_s, sign_of_life_s=config.sign_of_life_s)
 
     def _params(self, number: int) -> SamplingParams:

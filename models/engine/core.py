@@ -124,4 +124,9 @@ class EngineCore:
             num_steps=self.num_steps,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            image_queries=self.runner.images.num_queries,
+            image_hits=self.runner.images.num_hits,
+            token_gaps=scheduler.token_gaps.counts,
         )

@@ -11,7 +11,8 @@ import asyncio
 import os
 import queue
 import threading
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +25,14 @@ from PIL.Image import Image
 from models.checkpoints import ModelSpec
 from models.engine.host import EngineHost
 from models.engine.mailbox import Mailbox, ring_all
-from models.engine.messages import Abort, EngineStats, GenerationDelta, GenerationRequest, Usage
+from models.engine.messages import (
+    Abort,
+    EngineStats,
+    FinishedRequest,
+    GenerationDelta,
+    GenerationRequest,
+    Usage,
+)
 from models.engine.preparation import RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
@@ -32,7 +40,8 @@ from models.prompts import Template, Tokenizer
 
 PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
-
+MAX_FINISHED = 100_000
+"""Ended requests that are remembered for `take_finished`, should nobody call it."""
 
 Subscriber: TypeAlias = "Mailbox | queue.SimpleQueue[GenerationDelta]"
 """Where one request's deltas go: to a coroutine, or to a thread."""
@@ -63,6 +72,7 @@ class Engine:
         self._subscribers: dict[str, Subscriber] = {}
         self._lock = threading.Lock()  # guards _subscribers and _stopped against each other
         self._stopped: EngineDead | None = None
+        self._finished: deque[FinishedRequest] = deque(maxlen=MAX_FINISHED)
         host.start(self._deliver, self._stop)
 
     # ---- what callers use -------------------------------------------------------------------
@@ -145,6 +155,7 @@ class Engine:
         prepare = partial(
             self._prepare,
             prompt, images, params, request_id=request_id, queue_timeout_s=queue_timeout_s,
+            arrived_at=time.monotonic(),
         )  # fmt: skip
         del images  # decoded, they may be large; they are not to be held until the answer's end
         request = await loop.run_in_executor(self._pool, prepare)
@@ -223,6 +234,10 @@ class Engine:
         """A snapshot from another thread: each figure right, together perhaps a step apart."""
         return replace(self._host.stats(), dead=self._stopped is not None)
 
+    def take_finished(self) -> list[FinishedRequest]:
+        """The requests that have ended since the last call, for whoever keeps statistics."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]
+
     def check_health(self) -> None:
         """Raises EngineDead if the engine can answer no more."""
         if self._stopped is not None:
@@ -270,6 +285,10 @@ class Engine:
                     self._subscribers.pop(delta.request_id, None)
                     if ended
                     else self._subscribers.get(delta.request_id)
+                )
+            if subscriber is not None and delta.finish_reason is not None:
+                self._finished.append(
+                    FinishedRequest(delta.finish_reason, delta.usage, delta.timing)
                 )
             if isinstance(subscriber, queue.SimpleQueue):
                 subscriber.put(delta)

@@ -45,13 +45,18 @@ class RequestPreparer:
         *,
         request_id: str | None = None,
         queue_timeout_s: float | None = None,
+        arrived_at: float | None = None,
     ) -> GenerationRequest:
         """
+        Args:
+            arrived_at: `time.monotonic()` at which it was asked for; default: now.
+
         Raises:
             InvalidRequest: the prompt is not a string, does not fit into the context, or does not
                 have as many placeholders as there are pictures; a picture cannot be decoded; a
                 stop token, or one with a bias, is not in the vocabulary.
         """
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt", f"is {type(prompt).__name__}; it must be a string")
         if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -76,6 +81,7 @@ class RequestPreparer:
             images=spans,
             params=params,
             deadline=None if queue_timeout_s is None else time.monotonic() + queue_timeout_s,
+            arrived_at=arrived_at,
         )
 
     def count_tokens(self, prompt: str) -> int:

@@ -9,6 +9,7 @@ youngest running request gives its blocks back and is computed again later; none
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from models.engine.block_pool import BlockPool
 from models.engine.messages import FinishReason, GenerationDelta, TokenLogprobs
 from models.engine.sequence import Sequence
+from models.engine.token_gaps import TokenGaps
 from models.errors import EngineFault, RequestTimeout, TinyChatError
 
 INVALID_TOKEN = -1
@@ -82,6 +84,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.token_gaps = TokenGaps()
 
     @property
     def has_work(self) -> bool:
@@ -148,11 +153,16 @@ class Scheduler:
     def commit(self, batch: Batch, samples: Samples) -> list[GenerationDelta]:
         """Books a computed batch, with the samples of `batch.sampling`."""
         sampling = batch.sampling
+        now = time.monotonic()
         for chunk in batch.chunks:
             chunk.seq.num_computed = chunk.end
             self._remember_full_blocks(chunk.seq)
+        last_tokens = (chunk.seq.last_token_at for chunk in sampling)
+        oldest = min((at for at in last_tokens if at is not None), default=None)
+        if oldest is not None:
+            self.token_gaps.add(now - oldest)
         return [
-            self._append(chunk.seq, token, logprobs)
+            self._append(chunk.seq, token, logprobs, now)
             for chunk, token, logprobs in zip(sampling, *samples, strict=True)
         ]
 
@@ -170,7 +180,7 @@ class Scheduler:
         usage = seq.usage
         seq.forget_computed()
         return GenerationDelta(
-            seq.request_id, text, token_ids, reason, usage, error, logprobs, stop_reason
+            seq.request_id, text, token_ids, reason, usage, error, logprobs, stop_reason, seq.timing
         )
 
     def check_integrity(self) -> None:
@@ -221,6 +231,8 @@ class Scheduler:
         seq.block_table = matched + self.pool.allocate(num_new)
         seq.num_known_blocks = len(matched)
         seq.num_computed = len(matched) * self.pool.block_size
+        if seq.started_at is None:
+            seq.started_at = time.monotonic()
         if seq.num_output_tokens == 0:
             seq.num_cached = seq.num_computed
             self.prefix_query_tokens += seq.num_prompt_tokens
@@ -257,7 +269,9 @@ class Scheduler:
             self.pool.remember(seq.block_table[index], *seq.prefix.block(index, seq.token_ids))
             seq.num_known_blocks = index + 1
 
-    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> GenerationDelta:
+    def _append(
+        self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> GenerationDelta:
         """Books one sampled token: its text, and whether it ends the answer."""
         matcher = seq.matcher
         if matcher is not None and token != INVALID_TOKEN:
@@ -268,6 +282,12 @@ class Scheduler:
             fault = EngineFault("the model's output is not a number for this input")
             return self.finish(seq, "error", error=fault)
         seq.token_ids.append(token)
+        is_first = seq.first_token_at is None
+        if is_first:
+            seq.first_token_at = now
+            self.num_prompt_tokens += seq.num_prompt_tokens
+        seq.last_token_at = now
+        self.num_generated_tokens += 1
         end = partial(
             self.finish, seq, token_ids=(token,), logprobs=() if logprobs is None else (logprobs,)
         )
@@ -287,4 +307,5 @@ class Scheduler:
         return GenerationDelta(
             seq.request_id, text, (token,), usage=seq.usage,
             logprobs=() if logprobs is None else (logprobs,),
+            timing=seq.timing if is_first else None,
         )  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import time
 from array import array
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from models.engine.block_pool import Prefix
-from models.engine.messages import GenerationRequest, Usage
+from models.engine.messages import GenerationRequest, Timing, Usage
 from models.engine.output_text import Decodes, OutputText
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class Sequence:
         """Projected embeddings by index of `images`, held while the prefill still needs them."""
         self.guide: Future[Matcher] | None = None
         """What the answer must follow, once it has been compiled; until then it waits."""
+        self.arrived_at = request.arrived_at
+        self.queued_at = time.monotonic()
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -69,6 +75,13 @@ class Sequence:
     @property
     def usage(self) -> Usage:
         return Usage(self.num_prompt_tokens, self.num_output_tokens, self.num_cached)
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(
+            self.arrived_at, self.queued_at, self.started_at,
+            self.first_token_at, self.last_token_at,
+        )  # fmt: skip
 
     def forget_computed(self) -> None:
         """Back to nothing computed: its blocks have been given back."""
