@@ -22,6 +22,11 @@ from models.prompts import Message, get_template, written_templates
 IMAGE_PLACEHOLDER = "<image>"
 TIMEOUT_S = (5, 60)
 """To connect; between two records. A worker sends a sign of life every few seconds."""
+CONTROLLER_CODES = {
+    2: "; the controller knows no worker of the model {model!r}: give its registered --model",
+    3: "; the controller cannot reach the worker of {model!r}",
+}
+"""What a controller's records mean, which all have the same text."""
 EXAMPLES = """\
 examples:
   python -m deployments.client docs/shapes.png "What is in this image?"
@@ -78,8 +83,9 @@ def ask(
                 if not chunk:
                     continue
                 record = json.loads(chunk.decode())
-                if record["error_code"] != 0:
-                    raise WorkerError(f"{record['text']} (error_code: {record['error_code']})")
+                if (code := record["error_code"]) != 0:
+                    hint = CONTROLLER_CODES.get(code, "").format(model=model)
+                    raise WorkerError(f"{record['text']} (error_code: {code}){hint}")
                 if len(record["text"]) > shown:
                     yield record["text"][shown:]
                     shown = len(record["text"])

@@ -23,7 +23,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import GRACEFUL_SHUTDOWN_TIMEOUT_S, build
+from deployments.cluster import Cluster
 from deployments.config import AppConfig
+from deployments.plan import make_plan
 from deployments.preflight import is_taken, validation_problems
 from models.command_line import HelpFormatter
 from models.errors import TinyChatError
@@ -157,12 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in validation_problems(error):
             print(problem, file=sys.stderr)
         return 2
-    if "RAY_ADDRESS" not in os.environ and is_taken(options.host, options.port):
-        print(
-            f"port {options.port} is taken: is another worker running on {options.host}? Stop it, "
-            "or give another --port (and --worker-address)",
-            file=sys.stderr,
-        )
+    if "RAY_ADDRESS" not in os.environ and (problem := problem_here(config, options)):
+        print(problem, file=sys.stderr)
         return 1
     start_ray(options.metrics_port)
     stop = StopSignal()  # after Ray, which has a handler of its own
@@ -202,6 +200,20 @@ class StopSignal:
     def _receive(self, *_: Any) -> None:
         self._received += 1
         self._event.set()
+
+
+def problem_here(config: AppConfig, options: argparse.Namespace) -> str | None:
+    """What would go wrong on this machine. Once Ray has started, its lines would hide it."""
+    if is_taken(options.host, options.port):
+        return (
+            f"port {options.port} is taken: is another worker running on {options.host}? Stop it, "
+            "or give another --port (and --worker-address)"
+        )
+    try:
+        make_plan(config, Cluster.look())
+    except TinyChatError as error:
+        return str(error)
+    return None
 
 
 def start_ray(metrics_port: int | None) -> None:

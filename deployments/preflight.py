@@ -20,8 +20,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.cluster import Cluster
 from deployments.config import AppConfig
 from deployments.model_source import resolve_model
+from deployments.plan import make_plan
 from models.command_line import HelpFormatter
 from models.errors import ConfigurationError
 
@@ -46,7 +48,7 @@ def problems(path: Path) -> Iterator[str]:
     on_a_cluster = "RAY_ADDRESS" in os.environ
     for application in config.get("applications") or []:
         if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
-            for problem in args_problems(application.get("args") or {}, elsewhere=on_a_cluster):
+            for problem in args_problems(application.get("args") or {}, on_a_cluster=on_a_cluster):
                 yield f"{path}: args: {problem}"
     http = config.get("http_options") or {}
     host, port = http.get("host", SERVE_HOST), http.get("port", SERVE_PORT)
@@ -57,13 +59,18 @@ def problems(path: Path) -> Iterator[str]:
         )
 
 
-def args_problems(args: Any, *, elsewhere: bool) -> Iterator[str]:
-    """What is wrong with the application's `args:`; `elsewhere` as `resolve_model` has it."""
+def args_problems(args: Any, *, on_a_cluster: bool) -> Iterator[str]:
+    """What is wrong with the application's `args:`, or with the checkpoint that they name."""
     try:
         config = AppConfig.model_validate(args)
-        resolve_model(config.model_path, elsewhere=elsewhere)
     except ValidationError as error:
         yield from validation_problems(error)
+        return
+    try:
+        if on_a_cluster:  # whose processors and folders are not this machine's
+            resolve_model(config.model_path, elsewhere=True)
+        else:
+            make_plan(config, Cluster.look())
     except ConfigurationError as error:
         yield str(error)
 

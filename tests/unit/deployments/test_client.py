@@ -25,6 +25,9 @@ class Worker(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(200)
         self.end_headers()
+        if body["model"] == "unknown":  # as a controller
+            self.wfile.write(json.dumps({"text": "**ERROR**", "error_code": 2}).encode() + b"\0")
+            return
         for text in ("", "A star", "A star."):
             record = {"text": body["prompt"] + text, "error_code": 0}
             self.wfile.write(json.dumps(record).encode() + b"\0")
@@ -54,6 +57,13 @@ def test_an_address_with_a_path_is_told_from_one_without(
 ) -> None:
     assert main([PICTURE, "What?", "--url", f"http://{address}/v1"]) == 1
     assert "without a path" in capsys.readouterr().err
+
+
+def test_a_controllers_code_is_put_into_words(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PICTURE, "What?", "--url", address, "--model", "unknown"]) == 1
+    assert "knows no worker of the model 'unknown'" in capsys.readouterr().err
 
 
 def test_a_worker_that_is_not_running_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ def free_port() -> int:
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The one that ships, on a free port."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = tmp_path / "config.yaml"
     path.write_text(SHIPPED.replace("  port: 21002", f"  port: {free_port()}"))
     return path
@@ -45,6 +46,8 @@ def test_the_configuration_that_ships_is_right(config: Path) -> None:
     [
         (MODEL_PATH, "/data/nowhere", ["model_path", "'/data/nowhere'", "neither a folder"]),
         (MODEL_PATH, f"{DEMO_CHECKPOINT}/config.json ", ["is a file"]),
+        ("precision: W4A16 ", "quant_path: nowhere.pt ", ["nowhere.pt"]),
+        ("device: auto ", "device: cuda ", ["no GPU"]),
         ("precision: W4A16 ", "precison: W4A16 ", ["did you mean 'precision'?"]),
         ("precision: W4A16 ", "precision: W8A8 ", ["precision", "'W4A16' or 'W16A16'"]),
         ("no_register: true ", "num_replicas: 2 ", ["belongs under `deployments:`"]),
