@@ -1,6 +1,6 @@
 """The engine's figures as Ray metrics, which Ray's own exporter serves to Prometheus.
 
-Where vLLM has a metric of the same meaning, it has vLLM's name, unit, labels and buckets here, so
+Where vLLM has a metric of the same meaning, it has vLLM's name, unit and labels here, so
 that dashboards and alerts made for vLLM on Ray (`ray_vllm_*`) work as they are. What vLLM has not
 is called `tinychat_*`. Ray adds `ray_` in front and `_total` behind counters.
 
@@ -33,15 +33,15 @@ INTERVAL_S = 1.0
 RAY_PREFIX = "ray_"
 ANSWERED = ("stop", "length")
 
-# vLLM's. Ray's exporter keeps one set of buckets for a name on a node and drops what another
-# process reports with a different number of them.
+# vLLM's, and finer ones below, where small models answer. The same for all models: Ray's exporter
+# keeps one set of buckets for a name on a node, and drops what is reported with another.
 FIRST_TOKEN_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
 REQUEST_S = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
-    240.0, 480.0, 960.0, 1920.0, 7680.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0,
+    10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5) if m * 10**e <= 100_000)
 

@@ -69,13 +69,23 @@ def query(url: str, expression: str, start: float, end: float, step_s: int) -> l
     return result
 
 
+def moment(at: float) -> datetime:
+    return datetime.fromtimestamp(at, timezone.utc)
+
+
 def legend(form: str, labels: dict[str, str]) -> str:
     for name, value in labels.items():
         form = form.replace("{{" + name + "}}", value)
     return form
 
 
-def draw(axes: Axes, panel: dict[str, Any], series: dict[str, list[tuple[float, float]]]) -> None:
+def draw(
+    axes: Axes,
+    panel: dict[str, Any],
+    series: dict[str, list[tuple[float, float]]],
+    start: float,
+    end: float,
+) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     axes.set_title(panel["title"], fontsize=9, loc="left")
     if panel["type"] == "stat":
@@ -86,7 +96,7 @@ def draw(axes: Axes, panel: dict[str, Any], series: dict[str, list[tuple[float, 
         return
     dashed = {override["matcher"]["options"] for override in panel["fieldConfig"]["overrides"]}
     for name, points in sorted(series.items()):
-        moments = [datetime.fromtimestamp(at, timezone.utc) for at, _ in points]
+        moments = [moment(at) for at, _ in points]
         style = {"color": "gray", "linestyle": "--"} if name in dashed else {}
         axes.plot(moments, [value for _, value in points], linewidth=1.2, label=name, **style)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
@@ -94,10 +104,11 @@ def draw(axes: Axes, panel: dict[str, Any], series: dict[str, list[tuple[float, 
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25)
     if series:
+        axes.set_xlim(moment(start), moment(end))  # type: ignore[arg-type]
         axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
         axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
         if len(series) <= MAX_LEGEND:
-            axes.legend(fontsize=7, loc="upper left", framealpha=0.6)
+            axes.legend(fontsize=7, loc="best", framealpha=0.6)
     else:
         axes.set_xticks([])
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="gray")
@@ -107,11 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m monitoring.plot", description=__doc__)
     parser.add_argument("picture", type=Path, help="the PNG file to write")
     parser.add_argument("--prometheus", default="http://localhost:9090", help="its address")
-    parser.add_argument("--minutes", type=float, default=30.0, help="up to now")
+    parser.add_argument("--minutes", type=float, default=30.0, help="how many to show")
+    parser.add_argument("--ago", type=float, default=0.0, help="minutes since their end")
     parser.add_argument("--step", type=int, default=5, help="seconds between two points")
     parser.add_argument("--rate-interval", default="40s", help="four times the scrape interval")
     options = parser.parse_args(arguments)
-    end = time.time()
+    end = time.time() - 60 * options.ago
     start = end - 60 * options.minutes
 
     panels = [p for p in json.loads(DASHBOARD.read_text())["panels"] if p["type"] != "row"]
@@ -131,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }  # fmt: skip
         at = panel["gridPos"]
         place = grid[at["y"] : at["y"] + at["h"], at["x"] : at["x"] + at["w"]]
-        draw(figure.add_subplot(place), panel, series)
+        draw(figure.add_subplot(place), panel, series, start, end)
     figure.savefig(options.picture, dpi=80)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 
 BOUNDS_S = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
-"""Upper bounds, inclusive; those of vLLM's histogram of the same meaning."""
+"""Upper bounds, inclusive; those of vLLM's histogram of the same meaning, and finer ones."""
 
 
 class TokenGaps:

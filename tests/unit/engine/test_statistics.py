@@ -113,11 +113,11 @@ def test_what_never_ran_has_waited_only() -> None:
 
 def test_gaps_are_sorted_by_their_upper_bounds() -> None:
     gaps = TokenGaps()
-    for seconds in (0.0, 0.01, 0.011, 80.0, 81.0):
+    for seconds in (0.0, 0.001, 0.0011, 80.0, 81.0):
         gaps.add(seconds)
     counts = dict(zip((*BOUNDS_S, float("inf")), gaps.counts, strict=True))
     assert {bound: count for bound, count in counts.items() if count} == {
-        0.01: 2, 0.025: 1, 80.0: 1, float("inf"): 1,
+        0.001: 2, 0.0025: 1, 80.0: 1, float("inf"): 1,
     }  # fmt: skip
 
 
