@@ -21,6 +21,8 @@ TAKE_THEIR_NAMES_FROM_TORCH_CODE = {
     "models.checkpoints",
     "models.demo.train",
     "models.demo.evaluate",
+    "benchmarks.cpu_end_to_end",
+    "benchmarks.cpu_peers",
 }
 """Their help lists registries of code that needs torch, or they are made of it."""
 
