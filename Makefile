@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 .PHONY: install serve test lint check browser-test load-test demo-check train-demo lock clean
 
 serve: $(STAMP)
+	@$(BIN)/python -m deployments.preflight $(CONFIG)
 	eval "$$($(BIN)/python -m deployments.ingress)"; RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(CONFIG)
 
 test: lint check

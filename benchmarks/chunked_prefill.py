@@ -18,12 +18,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.goals import Goal
 from benchmarks.machine import busy_cpus
 from benchmarks.prefix import Words
 from benchmarks.report import print_goals, write_figures
-from models import Engine, SamplingParams, load_engine
+from models import SamplingParams
+from models.command_line import HelpFormatter
+
+if TYPE_CHECKING:
+    from models import Engine
 
 STREAMS, ARRIVING, PROMPT = 4, 4, 2000
 QUIET_TOKENS = 32
@@ -97,18 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chunked_prefill",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument(
         "--budgets", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512],
-        help="values of max_num_batched_tokens, tokens; default: %(default)s",
+        help="values of max_num_batched_tokens, in tokens",
     )  # fmt: skip
-    parser.add_argument(
-        "--prompt", type=int, default=PROMPT, help="tokens of a prompt; default: %(default)s"
-    )
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
+    from models import load_engine
+
     busy = busy_cpus()
     results = []
     print(

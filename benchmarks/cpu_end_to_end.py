@@ -36,6 +36,7 @@ from models import Engine, SamplingParams, load_engine
 from models.checkpoints.synthesis.families import FAMILIES
 from models.checkpoints.synthesis.family import Family, LanguageModel, Tower
 from models.checkpoints.synthesis.synthesize import synthesize
+from models.command_line import HelpFormatter
 from models.native.library import SWITCH
 from models.prompts import load_tokenizer
 
@@ -214,13 +215,21 @@ def prepare(folder: Path, size: str) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_end_to_end")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_end_to_end",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("folder", type=Path, help="for the models' files; reused")
-    parser.add_argument("--size", choices=LANGUAGE, default="1b")
+    parser.add_argument("--size", choices=LANGUAGE, default="1b", help="size of the language model")
     parser.add_argument("--llama", type=Path, help="folder of llama.cpp's programs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each arm"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=TURNS, help="of every arm; figures are medians over them"
+    )
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
     checkpoint = prepare(options.folder, options.size)
     busy = busy_cpus()

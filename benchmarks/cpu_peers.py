@@ -30,6 +30,7 @@ from benchmarks.goals import Goal
 from benchmarks.machine import busy_cpus
 from benchmarks.report import print_goals, write_figures
 from models.awq import quantize_rtn
+from models.command_line import HelpFormatter
 
 SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate-up": (22016, 4096), "down": (4096, 11008)}
 """(N, K)."""
@@ -121,12 +122,22 @@ def _pass(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_peers")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_peers", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--ggml", type=Path, help="the folder of libggml-base.so and others")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json and docs/NAME.png")
-    parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each arm"
+    )
+    parser.add_argument(
+        "--record", metavar="NAME", help="write benchmarks/records/NAME.json and docs/NAME.png"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=TURNS, help="of every arm; figures are medians over them"
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=ROWS, help="of a product; default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

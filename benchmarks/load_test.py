@@ -1,6 +1,6 @@
 """guidellm, unmodified, asks a real worker about synthetic pictures through OpenAI's API.
 
-python -m benchmarks.load_test --guidellm .venv-load/bin/guidellm [--record guidellm]
+    python -m benchmarks.load_test --guidellm .venv-load/bin/guidellm [--record guidellm]
 
 Nothing is downloaded: guidellm draws its pictures and words itself, and counts them with the
 checkpoint's own tokenizer. `make load-test` installs guidellm into an environment of its own.
@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.machine import busy_cpus
 from benchmarks.report import write_figures
 from benchmarks.worker import Worker
+from models.command_line import HelpFormatter
 from models.demo import DEMO_CHECKPOINT
 
 SIDE = 336
@@ -98,14 +99,27 @@ async def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.load_test", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.load_test", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--guidellm", default="guidellm", help="its command")
-    parser.add_argument("--model-path", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--tokens", type=int, default=64, help="of every answer")
-    parser.add_argument("--seconds", type=int, default=20, help="for each number of streams")
-    parser.add_argument("--record", default=None, help="its name in benchmarks/records/")
+    parser.add_argument("--guidellm", default="guidellm", help="guidellm's command")
+    parser.add_argument(
+        "--model-path",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        help="a checkpoint's folder; default: the demo's",
+    )
+    parser.add_argument(
+        "--streams",
+        type=int,
+        nargs="+",
+        default=[1, 4, 8],
+        help="numbers of questions that are asked at a time",
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of every answer")
+    parser.add_argument(
+        "--seconds", type=int, default=20, help="how long, for each number of streams"
+    )
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
     busy = busy_cpus()
     found = asyncio.run(measure(options))

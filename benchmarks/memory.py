@@ -15,6 +15,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from PIL import Image
@@ -23,8 +24,12 @@ from benchmarks.goals import Goal
 from benchmarks.load import make_questions
 from benchmarks.machine import busy_cpus
 from benchmarks.report import plot_lines, print_goals, write_figures
-from models import Engine, SamplingParams, load_engine
+from models import SamplingParams
+from models.command_line import HelpFormatter
 from models.demo import DEMO_CHECKPOINT
+
+if TYPE_CHECKING:
+    from models import Engine
 
 EVERY = 100
 STREAMS = 8
@@ -56,14 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=DEMO_CHECKPOINT, help="default: the demo's"
+        "folder",
+        type=Path,
+        nargs="?",
+        default=DEMO_CHECKPOINT,
+        help="a checkpoint; default: the demo's",
     )
-    parser.add_argument("--requests", type=int, default=2000, help="default: %(default)s")
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json and .png")
+    parser.add_argument("--requests", type=int, default=2000, help="questions in all")
+    parser.add_argument(
+        "--record", metavar="NAME", help="write benchmarks/records/NAME.json and .png"
+    )
     options = parser.parse_args(arguments)
+    from models import load_engine
+
     busy = busy_cpus()
     with load_engine(
         options.folder, max_num_seqs=STREAMS, image_cache_bytes=IMAGE_CACHE_BYTES

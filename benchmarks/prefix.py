@@ -19,15 +19,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 
 from benchmarks.goals import Goal
 from benchmarks.machine import busy_cpus
 from benchmarks.report import plot_lines, print_goals, write_figures
-from models import Engine, SamplingParams, load_engine
-from models.language.kv_cache import KVCacheShape
+from models import SamplingParams
+from models.command_line import HelpFormatter
+
+if TYPE_CHECKING:
+    from models import Engine
 
 HISTORIES = (16, 64, 256, 1024, 4096)
 QUESTION = 32
@@ -83,6 +86,10 @@ def first_token(engine: Engine, prompt: str, pictures: Sequence[Image.Image]) ->
 
 
 def measure(engine: Engine, history: int, pictured: bool, repeats: int) -> Turn:
+    import torch
+
+    from models.language.kv_cache import KVCacheShape
+
     words = Words(engine, seed=history + pictured)
     size = KVCacheShape.of(engine.spec.language, engine.stats().block_size, torch.bfloat16)
     cold, warm, cached, length = [], [], [], 0
@@ -111,6 +118,8 @@ def measure(engine: Engine, history: int, pictured: bool, repeats: int) -> Turn:
 
 
 def _read_s(num_bytes: int) -> float:
+    import torch
+
     memory = torch.ones(num_bytes // 8, dtype=torch.int64)
     passes = []
     for _ in range(5):
@@ -137,12 +146,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prefix",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="a checkpoint")
-    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json and .png")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of every length; times are medians over them"
+    )
+    parser.add_argument(
+        "--record", metavar="NAME", help="write benchmarks/records/NAME.json and .png"
+    )
     options = parser.parse_args(arguments)
+    from models import load_engine
+
     busy = busy_cpus()
     results, goals = [], []
     longest = max(HISTORIES) + 1024  # a picture and a question besides

@@ -8,6 +8,8 @@ what is deployed
     model_source.py       `model_path` -> a folder, or a Hub id
     launcher.py           `python -m deployments`: TinyChat's flags, and a drain at the end
     ingress.py            HAProxy in front of the replicas, where it is there
+    preflight.py          what can be told to be wrong before Ray starts
+    configuration_reference.py  AppConfig -> docs/configuration.md
     client.py             `python -m deployments.client`: ask from the terminal
 
 a replica

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from deployments.ingress import prefer_haproxy
 
-prefer_haproxy()  # before Ray Serve is imported
 
-from deployments.launcher import main  # noqa: E402
+def main(arguments: Sequence[str] | None = None) -> int:
+    prefer_haproxy()  # before Ray Serve is imported
+    from deployments.launcher import main as launch
 
-sys.exit(main())
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,7 +39,7 @@ class AppConfig(BaseModel):
     )
     quant_path: str | None = Field(
         None,
-        description="The AWQ weights, a file or a folder, where they are not inside `model_path`.",
+        description="The AWQ weights, a file or a folder; default: found inside `model_path`.",
     )
     precision: Literal["W4A16", "W16A16"] = Field(
         "W4A16", description="W4A16 reads AWQ 4-bit weights, W16A16 the 16-bit ones."
@@ -57,14 +57,14 @@ class AppConfig(BaseModel):
     )
     conv_mode: str | None = Field(
         None,
-        description="The conversation template (LLaVA's word), where the one that the model's name "
-        "suggests is wrong: its tokens end answers, and FastChat's front ends ask for it. "
-        "tokenizer is the chat template in the checkpoint.",
+        description="The conversation template (LLaVA's word): it writes the prompts of /v1, its "
+        "tokens end answers, and FastChat's front ends ask for it. `tokenizer` is the chat "
+        "template in the checkpoint. Default: the one that the model's name suggests.",
     )
     token_order: Literal["row", "column"] | None = Field(
         None,
-        description="In which order mlp_downsample emits its tokens, where the one of the "
-        "checkpoint's era is wrong: column for VILA-1.5, row for NVILA.",
+        description="In which order mlp_downsample emits its tokens; default: as in the "
+        "checkpoint's era, column for VILA-1.5, row for NVILA.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
@@ -98,7 +98,9 @@ class AppConfig(BaseModel):
         description="How many requests run at a time; default: 64 on a GPU, 8 on a CPU.",
     )
     limit_model_concurrency: int | None = Field(
-        None, ge=1, description="TinyChat's name for `max_num_seqs` (its own default is 5)."
+        None,
+        ge=1,
+        description="TinyChat's name for `max_num_seqs`; default: not set (TinyChat's is 5).",
     )
     max_num_batched_tokens: int | None = Field(
         None,

@@ -15,11 +15,15 @@ two applications on one machine would fight for; here they are free ones.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+from models.command_line import HelpFormatter
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 PORTS = (
@@ -73,7 +77,10 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m deployments.ingress", description=__doc__, formatter_class=HelpFormatter
+    ).parse_args(arguments)
     prefer_haproxy()
     for name in VARIABLES:
         if name in os.environ:

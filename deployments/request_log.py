@@ -16,11 +16,14 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments.error_types import error_type
-from models import GenerationDelta, Prompt, Usage
+from models import GenerationDelta, Usage
 from models.errors import RequestAborted
+
+if TYPE_CHECKING:
+    from models import Prompt  # its module needs torch
 
 T = TypeVar("T")
 

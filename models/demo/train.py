@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from torch.func import functional_call
 from tqdm import tqdm
 
+from models.command_line import HelpFormatter
 from models.demo.batches import batches_ahead, make_batches
 from models.demo.export import export_checkpoint
 from models.demo.labels import WORDS
@@ -258,16 +259,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models.demo.train",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("llava-demo"), help="a folder; default: %(default)s"
+        "--output",
+        type=Path,
+        default=Path("llava-demo"),
+        metavar="FOLDER",
+        help="where the checkpoint goes, now and then and at the end",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="short",
         help="short: 40 minutes; long: two hours, as the shipped checkpoint; quick: only to see "
-        "that it all runs; default: %(default)s",
+        "that it all runs",
     )  # fmt: skip
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument(
