@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -28,14 +28,22 @@ class Cluster:
     Attributes:
         grows: nodes may be added later: there are several already, or what started them is a
             cluster launcher or KubeRay.
+        gpu_bytes: memory of a GPU, of the smallest on the machine that asks; None if it has none.
+            Ray does not know it.
     """
 
     nodes: tuple[Node, ...]
     grows: bool = False
+    gpu_bytes: int | None = None
 
     @property
     def has_gpu(self) -> bool:
         return any(node.gpus >= 1 for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        """Of the node with the most."""
+        return max([0, *(int(node.gpus) for node in self.nodes)])
 
     @property
     def cpus(self) -> int:
@@ -55,10 +63,12 @@ class Cluster:
         `serve run CONFIG.yaml` builds the application inside the cluster, so the first is the rule;
         `serve run deployments.app:build` builds it before Ray has started.
         """
+        gpu_bytes = _gpu_bytes()
         if ray.is_initialized():
-            return cls.of(ray.nodes())
+            return replace(cls.of(ray.nodes()), gpu_bytes=gpu_bytes)
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return cls((Node(cpus or 1, _local_gpus()),), grows=bool(os.environ.get("RAY_ADDRESS")))
+        grows = bool(os.environ.get("RAY_ADDRESS"))
+        return cls((Node(cpus or 1, _local_gpus()),), grows, gpu_bytes)
 
     @classmethod
     def of(cls, ray_nodes: Iterable[Mapping[str, Any]]) -> Cluster:
@@ -74,19 +84,30 @@ class Cluster:
 
 def _local_gpus() -> int:
     """How many NVIDIA GPUs the driver shows, as far as CUDA_VISIBLE_DEVICES allows."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
-    try:
-        listing = subprocess.run(
-            [program, "-L"], capture_output=True, text=True, timeout=20, check=False
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    count = sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return count
     # CUDA reads the list up to the first entry that is no device; "-1" is how people write "none".
     devices = takewhile(lambda entry: entry and not entry.startswith("-"), visible.split(","))
     return min(count, len(list(devices)))
+
+
+def _gpu_bytes() -> int | None:
+    """Memory of the smallest NVIDIA GPU of this machine."""
+    lines = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    sizes = [int(line) for line in lines if line.strip().isdigit()]  # in MiB
+    return min(sizes) << 20 if sizes else None
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none without a driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=20, check=False
+        ).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []

@@ -71,6 +71,11 @@ class AppConfig(BaseModel):
         description="auto takes a GPU where the cluster has one, else the CPU; cuda insists on a "
         "GPU and, on a cluster that can grow, waits for one.",
     )
+    device_map: Literal["auto", "single", "balanced"] = Field(
+        "auto",
+        description="auto spreads a model that is larger than one GPU over as many of a machine's "
+        "as it needs; single never; balanced spreads it over all of them.",
+    )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto",
         description="Type of activations; auto: bfloat16, except for W16A16 on a GPU, which takes "
@@ -102,7 +107,7 @@ class AppConfig(BaseModel):
     )
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of the GPU's memory for weights and KV cache together."
+        0.9, gt=0, le=1, description="Share of each GPU's memory for weights and KV cache together."
     )
     kv_cache_bytes: int | None = Field(
         None,

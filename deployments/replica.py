@@ -198,6 +198,7 @@ def load_replica_engine(config: AppConfig, plan: Plan, max_num_seqs: int) -> Eng
         plan.quant_path,
         config.precision,
         device=plan.device,
+        device_map=config.device_map,
         dtype=config.dtype,
         num_threads=config.num_threads,
         cpus=max(1, int(assigned)),

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from deployments.error_types import error_type
-from models import GenerationDelta, Usage
+from models import GenerationDelta, Prompt, Usage
 from models.errors import RequestAborted
 
 T = TypeVar("T")
@@ -82,14 +82,14 @@ class RequestEntry:
     error_type: str | None = None
     client_gone: bool = False
     num_images: int = 0
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     is_open: bool = True
     arrived_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None
 
-    def add_prompt(self, prompt: str, num_images: int) -> None:
+    def add_prompt(self, prompt: Prompt, num_images: int) -> None:
         self.num_images += num_images
         if self.keeps_content:
             self.prompts.append(prompt)

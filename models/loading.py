@@ -13,6 +13,7 @@ import torch
 
 from models.awq import select_backend
 from models.checkpoints import Checkpoint, open_checkpoint
+from models.device_map import DeviceMap, choose_placement
 from models.engine.allocator import keep_freed_memory
 from models.engine.core import EngineCore
 from models.engine.engine import Engine
@@ -29,6 +30,7 @@ from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
 from models.language.vocabulary import check_vocabulary
+from models.placement import Placement
 from models.prompts import Tokenizer, load_template, load_tokenizer, stop_token_ids
 from models.vision import ImagePreprocessor, load_vision
 
@@ -109,6 +111,7 @@ def load_core(
     precision: Literal["W4A16", "W16A16"] = "W4A16",
     *,
     device: str = "auto",
+    device_map: DeviceMap = "auto",
     dtype: str = "auto",
     num_threads: int | None = None,
     cpus: int | None = None,
@@ -119,6 +122,8 @@ def load_core(
     """
     Args:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        device_map: "auto" (over several GPUs where the model does not fit one), "single" (never),
+            or "balanced" (over all GPUs that are visible). CPUs have none.
         dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
             and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
         num_threads: of the CPU; default: `cpus`, or fewer where the model's layers are too small
@@ -147,22 +152,23 @@ def load_core(
     tokenizer = load_tokenizer(spec.tokenizer_path, spec.prompt.tokenization)
     check_vocabulary(tokenizer, spec.language)
     conversation_template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
-    vision = load_vision(checkpoint, target, kind)
+    placement = choose_placement(checkpoint, target, kind, device_map, options)
+    vision = load_vision(checkpoint, placement.vision, kind)
     decoder = load_decoder(
         checkpoint.language,
         spec.language,
         max_positions=context_length,
-        device=target,
+        device=placement,
         dtype=kind,
         backend=backend,
     )
     shape = KVCacheShape.of(spec.language, options.block_size, kind)
-    sizes = resolve_sizes(options, shape, context_length, decoder, vision, target)
+    sizes = resolve_sizes(options, shape, context_length, decoder, vision, placement)
     runner = ModelRunner(
         decoder,
         ImageEmbeddingCache(vision, options.image_cache_bytes),
-        KVCache(shape, sizes.num_blocks, target),
-        target,
+        KVCache(shape, sizes.num_blocks, placement.layers),
+        placement.embedding,
     )
     core = EngineCore(
         runner,
@@ -182,7 +188,7 @@ def load_core(
         "model": spec.name,
         "layout": spec.layout,
         "precision": precision,
-        "device": _device_name(target),
+        "device": _device_names(placement),
         "dtype": str(kind).removeprefix("torch."),
         "backend": backend if precision == "W4A16" else "torch",
         "threads": str(threads),
@@ -238,5 +244,15 @@ def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dt
     return DTYPES[dtype]
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _device_names(placement: Placement) -> str:
+    """The processor's kind; of several, each with its share of the layers."""
+    names = {
+        device: torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        for device in placement.devices
+    }
+    if len(names) == 1:
+        return next(iter(names.values()))
+    return ", ".join(
+        f"{device}: {name} ({placement.layers.count(device)} layers)"
+        for device, name in names.items()
+    )

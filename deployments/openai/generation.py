@@ -25,7 +25,7 @@ from models import SamplingParams, Usage
 from models.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from models import Engine
+    from models import Engine, Prompt
 
 WHOLE_INTERVAL_S = 1.0
 """Between two updates of an answer that nobody sees before it is complete."""
@@ -53,7 +53,7 @@ class Generation:
         backend: Backend,
         options: Options,
         answer: Answer,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         pictures: Sequence[Picture] = (),
         template_stops: Sequence[str] = (),
     ) -> None:
@@ -101,13 +101,14 @@ class Generation:
         async with aclosing(self.updates(interval_s)) as updates:  # type: ignore[type-var]
             patience_ends = clock() + PATIENT_SIGNS * self._backend.config.sign_of_life_s
             async for index, update in updates:
-                usages[index] = update.usage
                 if not begun and not update.has_news and clock() < patience_ends:
                     continue
                 if not begun:
                     begun = True
+                    usages[index] = replace(update.usage, completion_tokens=0)
                     for chunk in self._answer.first_chunks(self.num_choices):
                         yield self._with_usage(chunk, usages)
+                usages[index] = update.usage
                 if update.has_news:
                     yield self._with_usage(self._answer.chunk(index, update), usages)
                 else:

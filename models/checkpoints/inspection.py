@@ -1,7 +1,6 @@
 """What a checkpoint holds and needs, and whether it can be served, from its headers alone.
 
-Everything that loading checks is checked here, by the loaders themselves: they are given tensors
-without data.
+Everything that loading checks is checked here, by the loaders themselves (`skeleton`).
 """
 
 from __future__ import annotations
@@ -13,25 +12,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
-from models.awq import QuantizedWeight, select_backend
+from models.awq import select_backend
 from models.checkpoints.opening import open_checkpoint
+from models.checkpoints.skeleton import decoder_skeleton, group_size, vision_skeleton
 from models.checkpoints.spec import Checkpoint, ModelSpec, Precision
-from models.checkpoints.weight_source import WeightSource
 from models.engine.options import EngineOptions
 from models.engine.sizing import keeps_bf16_copy
 from models.errors import CheckpointError
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCacheShape, head_dim
-from models.language.loading import linear_shapes, load_decoder
+from models.language.loading import linear_shapes
 from models.language.vocabulary import check_vocabulary
 from models.prompts import load_template, load_tokenizer, stop_token_ids
-from models.vision import VisionEncoder, load_vision
+from models.vision import VisionEncoder
 
 Section: TypeAlias = dict[str, Any]
 
-META = torch.device("meta")
 PRECISIONS: tuple[Precision, ...] = ("W4A16", "W16A16")
 DEFAULT_GROUP_SIZE = 128
 NIBBLE_BYTES = 0.5
@@ -83,9 +80,9 @@ def inspect_checkpoint(
     check_vocabulary(tokenizer, spec.language)
     template = load_template(spec.prompt, spec.tokenizer_path, tokenizer)
     stops = sorted(stop_token_ids(template, tokenizer))
-    vision = _dry_vision(checkpoint)
-    decoder = _dry_decoder(checkpoint)
-    group_size = _group_size(checkpoint.language)
+    vision = vision_skeleton(checkpoint, torch.float16)
+    decoder = decoder_skeleton(checkpoint, torch.float16)
+    grouping = group_size(checkpoint.language)
     dtype = _activations(device)
     copies = keeps_bf16_copy(EngineOptions(), spec.language)
     backend = "torch"
@@ -107,7 +104,7 @@ def inspect_checkpoint(
         },
         "quantisation": {
             "format": checkpoint.language.format_of(first[0]) if first else None,
-            "group size": group_size,
+            "group size": grouping,
         },
         "files": {
             source.component: sorted({source.file_of(name) for name in source.names()})
@@ -117,7 +114,7 @@ def inspect_checkpoint(
             spec,
             decoder,
             vision,
-            group_size or DEFAULT_GROUP_SIZE,
+            grouping or DEFAULT_GROUP_SIZE,
             dtype,
             context,
             concurrency,
@@ -142,33 +139,6 @@ def render(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-class _WithoutData(WeightSource):
-    """The same tensors, of which loaders see shapes and dtypes only."""
-
-    def __init__(
-        self, source: WeightSource, linears: dict[str, tuple[int, int]], group_size: int
-    ) -> None:
-        super().__init__(
-            source.component, source._places, source.where, source._absent, source._spellings
-        )
-        self._linears = linears
-        self._group_size = group_size
-
-    def get(self, name: str) -> Tensor:
-        header = self._place(name).header
-        return torch.empty(header.shape, dtype=header.dtype, device=META)
-
-    def quantized(self, linear: str) -> QuantizedWeight:
-        n, k = self._linears[linear]
-        groups = (n, k // self._group_size)
-        return QuantizedWeight(
-            torch.empty((n, k), dtype=torch.uint8, device=META),
-            torch.empty(groups, dtype=torch.float16, device=META),
-            torch.empty(groups, dtype=torch.uint8, device=META),
-            self._group_size,
-        )
-
-
 def _open(
     model_path: str | Path, quant_path: str | Path | None, precision: Precision | None
 ) -> Checkpoint:
@@ -181,34 +151,6 @@ def _open(
     if len(set(problems.values())) == 1:
         raise CheckpointError(next(iter(problems.values())))
     raise CheckpointError("; ".join(f"as {name}: {text}" for name, text in problems.items()))
-
-
-def _dry_vision(checkpoint: Checkpoint) -> VisionEncoder:
-    bare = Checkpoint(
-        checkpoint.spec,
-        checkpoint.language,
-        _WithoutData(checkpoint.projector, {}, DEFAULT_GROUP_SIZE),
-        _WithoutData(checkpoint.vision, {}, DEFAULT_GROUP_SIZE),
-    )
-    return load_vision(bare, META, torch.float16)
-
-
-def _dry_decoder(checkpoint: Checkpoint) -> Decoder:
-    source, config = checkpoint.language, checkpoint.spec.language
-    return load_decoder(
-        _WithoutData(source, linear_shapes(config), 1),
-        config,
-        max_positions=1,
-        device=META,
-        dtype=torch.float16,
-        backend="reference",
-    )
-
-
-def _group_size(source: WeightSource) -> int | None:
-    """One layer is really read for it: no format's header says it plainly."""
-    quantized = source.quantized_linears()
-    return source.quantized(quantized[0]).group_size if quantized else None
 
 
 def _activations(device: str) -> torch.dtype:

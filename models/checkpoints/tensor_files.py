@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.awq.formats import QUANTIZED_SUFFIXES, TensorHeader
 from models.errors import CheckpointError
@@ -22,9 +24,8 @@ OLDEST_SAFE_TORCH = (2, 10)
 """`weights_only` could be got round before 2.6, and corrupt memory before 2.10 (CVE-2025-32434,
 CVE-2026-24747)."""
 
-UNMAP_AFTER = 64 * 2**20
-"""Bytes read from a torch file after which its pages are let go. It takes some milliseconds to
-map it anew."""
+CHUNK = 16 * 2**20
+"""Bytes that are in memory besides the tensor that they are copied into."""
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,6 +43,20 @@ FILE_KINDS = (
 SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+")
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor's data lie in a file.
+
+    Attributes:
+        offset: of its first element, in bytes.
+        stride: in elements, where they do not lie in their own order.
+    """
+
+    header: TensorHeader
+    offset: int
+    stride: tuple[int, ...] | None = None
+
+
 class TensorFile(ABC):
     """
     Attributes:
@@ -56,32 +71,91 @@ class TensorFile(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """On the CPU and in the file's dtype; not to be written to.
+        """On the CPU and in the file's dtype; not to be written to."""
 
-        In memory of its own, rather than mapped: pages of a mapped file count as the process's,
-        which would hold every weight twice while it packs them, and a file that is replaced under
-        a running server would take the server with it.
+    @abstractmethod
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """
+        Args:
+            out: a row-major tensor or rows of one, of the same shape, in any dtype and on any
+                device.
         """
 
 
-class SafetensorsFile(TensorFile):
+class MappableFile(TensorFile):
+    """A file that holds its tensors' bytes as they are in memory.
+
+    They are read, rather than mapped: pages of a mapped file count as the process's, which would
+    hold every weight twice while it packs them, and a file that is cut under a running server would
+    take the server with it. For each tensor the file is opened anew: some checkpoints are of more
+    files than a process may keep open.
+    """
+
+    extents: Mapping[str, Extent]
+
+    def read(self, name: str) -> Tensor:
+        extent = self.extents[name]
+        if extent.stride is not None:
+            return self._read_strided(extent, extent.stride)
+        out = torch.empty(extent.header.shape, dtype=extent.header.dtype)
+        with self.path.open("rb") as file:
+            file.seek(extent.offset)
+            self._fill(file, out.view(-1))
+        return out
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        extent = self.extents[name]
+        if extent.stride is not None:
+            out.copy_(self._read_strided(extent, extent.stride))
+            return
+        dtype, flat = extent.header.dtype, out.view(-1)
+        size = max(1, min(flat.numel(), CHUNK // dtype.itemsize))
+        chunk = torch.empty(size, dtype=dtype)
+        with self.path.open("rb") as file:
+            file.seek(extent.offset)
+            for start in range(0, flat.numel(), size):
+                part = flat[start : start + size]
+                self._fill(file, chunk[: part.numel()])
+                part.copy_(chunk[: part.numel()])
+
+    def _read_strided(self, extent: Extent, stride: tuple[int, ...]) -> Tensor:
+        shape = extent.header.shape
+        last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        span = torch.empty(last + 1, dtype=extent.header.dtype)
+        with self.path.open("rb") as file:
+            file.seek(extent.offset)
+            self._fill(file, span)
+        return span.as_strided(shape, stride).contiguous()
+
+    def _fill(self, file: BinaryIO, flat: Tensor) -> None:
+        octets = flat.view(torch.uint8).numpy().data
+        while octets:
+            count = file.readinto(octets)  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(f"{self.label} ends early: it was cut while it was read")
+            octets = octets[count:]
+
+
+class SafetensorsFile(MappableFile):
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                self.headers = {
-                    name: TensorHeader(tuple(part.get_shape()), self._dtype(name, part.get_dtype()))
-                    for name, part in slices.items()
-                }
+            with safe_open(path, framework="pt", device="cpu"):  # checks it, and tells no offsets
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(length))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{label} is not a readable safetensors file: {error}") from error
-
-    def read(self, name: str) -> Tensor:
-        # Opened for each tensor: that takes half a millisecond, and lets go of the pages read.
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-        return tensor
+        entries.pop("__metadata__", None)
+        self.extents = {
+            name: Extent(
+                TensorHeader(tuple(entry["shape"]), self._dtype(name, entry["dtype"])),
+                8 + length + entry["data_offsets"][0],
+            )
+            for name, entry in entries.items()
+        }
+        self.headers = {name: extent.header for name, extent in self.extents.items()}
 
     def _dtype(self, name: str, dtype: str) -> torch.dtype:
         if dtype not in SAFETENSORS_DTYPES:
@@ -93,68 +167,77 @@ class NotTensors(CheckpointError):
     """A torch file that is harmless and whole, and holds something else than named tensors."""
 
 
-class TorchFile(TensorFile):
+class TorchFile(MappableFile):
     """A `.pt` or `.bin` file: a flat dict of tensors. Any other pickle is refused, not run."""
 
     def __init__(self, path: Path, label: str) -> None:
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        if version < OLDEST_SAFE_TORCH:
-            raise CheckpointError(
-                f"{label} needs torch {'.'.join(map(str, OLDEST_SAFE_TORCH))} or later, since "
-                f"older ones can be made to run code by such files; this is {torch.__version__}"
-            )
         self.path, self.label = path, label
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        self._mapped = zipfile.is_zipfile(path)
-        self._tensors: dict[str, Tensor] | None = self._load()
-        self._bytes_read = 0
-        self._bytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        # Under this mode torch reads where tensors lie, and not the tensors.
+        with FakeTensorMode():
+            tensors = load_tensors(path, label)
+            self.extents = {name: _extent(tensor) for name, tensor in tensors.items()}
+        self.headers = {name: extent.header for name, extent in self.extents.items()}
+
+
+class OldTorchFile(TensorFile):
+    """A torch file from before torch 1.6, which was no zip archive. All of it is held."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path, self.label = path, label
+        self._tensors = load_tensors(path, label)
         self.headers = {
             name: TensorHeader(tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._tensors.items()
         }
 
     def read(self, name: str) -> Tensor:
-        if self._tensors is None:
-            self._tensors = self._load()
-        tensor = self._tensors[name]
-        if not self._mapped:
-            return tensor
-        tensor = tensor.clone()
-        self._bytes_read += tensor.nbytes
-        if self._bytes_read >= min(self._bytes, UNMAP_AFTER):
-            self._tensors, self._bytes_read = None, 0
-        return tensor
+        return self._tensors[name]
 
-    def _load(self) -> dict[str, Tensor]:
-        try:
-            content = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=self._mapped
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.label} is refused: it holds pickled objects other than tensors, and "
-                "loading those can run code"
-            ) from error
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise CheckpointError(f"{self.label} is not a readable torch file") from error
-        return self._flat(content)
+    def copy_into(self, name: str, out: Tensor) -> None:
+        out.copy_(self._tensors[name])
 
-    def _flat(self, content: object) -> dict[str, Tensor]:
-        if not isinstance(content, Mapping):
-            raise NotTensors(f"{self.label} must hold a dict of tensors")
-        for name, value in content.items():
-            dense = isinstance(value, Tensor) and value.layout is torch.strided
-            if not isinstance(name, str) or not dense:
-                raise NotTensors(f"{name!r} in {self.label} is not a dense tensor")
-        return {name: value.detach() for name, value in content.items()}
+
+def load_tensors(path: Path, label: str) -> dict[str, Tensor]:
+    """A torch file's content.
+
+    Raises:
+        CheckpointError: it is damaged, or holds anything but a flat dict of dense tensors.
+    """
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_SAFE_TORCH:
+        raise CheckpointError(
+            f"{label} needs torch {'.'.join(map(str, OLDEST_SAFE_TORCH))} or later, since "
+            f"older ones can be made to run code by such files; this is {torch.__version__}"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{label} is refused: it holds pickled objects other than tensors, and loading those "
+            "can run code"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{label} is not a readable torch file") from error
+    if not isinstance(content, Mapping):
+        raise NotTensors(f"{label} must hold a dict of tensors")
+    for name, value in content.items():
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        if not isinstance(name, str) or not dense:
+            raise NotTensors(f"{name!r} in {label} is not a dense tensor")
+    return {name: value.detach() for name, value in content.items()}
+
+
+def _extent(tensor: Tensor) -> Extent:
+    """
+    Args:
+        tensor: of a file that was loaded under `FakeTensorMode`.
+    """
+    header = TensorHeader(tuple(tensor.shape), tensor.dtype)
+    start = tensor.untyped_storage()._checkpoint_offset
+    assert start is not None, "torch sets it for every storage under that mode"
+    offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    strided = tensor.numel() > 0 and not tensor.is_contiguous()
+    return Extent(header, offset, tuple(tensor.stride()) if strided else None)
 
 
 @dataclass(frozen=True)
@@ -203,7 +286,13 @@ class TensorStore:
 
 
 def open_tensor_file(path: Path, label: str) -> TensorFile:
-    return (SafetensorsFile if path.suffix == ".safetensors" else TorchFile)(path, label)
+    """
+    Raises:
+        CheckpointError: it is damaged, or could run code, or holds something else than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path, label)
+    return (TorchFile if zipfile.is_zipfile(path) else OldTorchFile)(path, label)
 
 
 def open_folder(folder: Path, root: Path, exclude: TensorStore | None = None) -> TensorStore:

@@ -108,6 +108,15 @@ class WeightSource:
         """The tensor, on the CPU and in the file's dtype. Not to be written to."""
         return self._place(name).read()
 
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """The tensor's values, without a second copy of it in memory.
+
+        Args:
+            out: a row-major tensor or rows of one, of its shape, in any dtype and on any device.
+        """
+        place = self._place(name)
+        place.file.copy_into(place.stored_name, out)
+
     def file_of(self, name: str) -> str:
         return self._place(name).file.label
 

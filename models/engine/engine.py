@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -33,7 +33,7 @@ from models.engine.messages import (
     GenerationRequest,
     Usage,
 )
-from models.engine.preparation import RequestPreparer
+from models.engine.preparation import Prompt, RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
 from models.prompts import Template, Tokenizer
@@ -109,6 +109,10 @@ class Engine:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(token_ids)
 
+    def check_tokens(self, field: str, token_ids: Iterable[int]) -> None:
+        """Raises InvalidRequest, about this field, if one of them is not in the vocabulary."""
+        self._preparer.check_tokens(field, token_ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text; of a special token, its name."""
         return self.tokenizer.token_bytes(token_id) or self.token_text(token_id).encode()
@@ -124,7 +128,7 @@ class Engine:
 
     async def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Images = (),
         params: SamplingParams = DEFAULT_PARAMS,
         *,
@@ -137,7 +141,8 @@ class Engine:
         Closing or cancelling the iterator aborts the request and frees all that it holds.
 
         Args:
-            prompt: the text as a client sends it, one "<image>" for each of `images`.
+            prompt: the text as a client sends it, one "<image>" for each of `images`; or, where
+                there are none, token ids.
             images: or a function that returns them, decoded or not. It is called, as everything
                 that is slow about a request is done, in one of the engine's own threads.
             queue_timeout_s: how long it may wait for its turn.
@@ -178,7 +183,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Sequence[Image] = (),
         params: SamplingParams = DEFAULT_PARAMS,
         *,
@@ -261,7 +266,7 @@ class Engine:
     # ---- the boundary -----------------------------------------------------------------------
 
     def _prepare(
-        self, prompt: str, images: Images, params: SamplingParams, **options: Any
+        self, prompt: Prompt, images: Images, params: SamplingParams, **options: Any
     ) -> GenerationRequest:
         pictures = images() if callable(images) else images
         return self._preparer.prepare(prompt, pictures, params, **options)

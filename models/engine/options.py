@@ -19,7 +19,7 @@ class EngineOptions:
         block_size: tokens in a KV block.
         bf16_copy: on a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are
             computed up to 2.5 times as fast; default: where a quarter of the free memory holds it.
-        gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache.
+        gpu_memory_utilization: share of each GPU's memory for weights, activations and KV cache.
         kv_cache_bytes: size of the KV cache; default on a GPU: what `gpu_memory_utilization`
             leaves; on a CPU: `max_num_seqs` full contexts, at most a quarter of the free memory.
         enable_prefix_caching: share the KV blocks of equal beginnings, pictures included.

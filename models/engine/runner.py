@@ -28,7 +28,7 @@ class ModelRunner:
         spans = [Span(c.start, c.end, c.seq.block_table) for c in batch.chunks]
         layout = AttentionBatch.build(spans, self.cache.shape, self.device)
         hidden = self.decoder(self._embed(batch.chunks), self.cache, layout)
-        return self.decoder.logits(hidden[_sampling_rows(batch.chunks).to(self.device)])
+        return self.decoder.logits(hidden[_sampling_rows(batch.chunks).to(hidden.device)])
 
     def _embed(self, chunks: list[Chunk]) -> Tensor:
         """(tokens, hidden): token embeddings, with the pictures' laid over their positions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from models.language.attention import AttentionBatch, Span
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape, head_dim
 from models.language.loading import linear_shapes
+from models.placement import Placement
 from models.vision import VisionEncoder
 
 CPU_MEMORY_SHARE = 0.25
@@ -40,26 +42,26 @@ def resolve_sizes(
     context_length: int,
     decoder: Decoder,
     vision: VisionEncoder,
-    device: torch.device,
+    placement: Placement,
 ) -> EngineSizes:
     """
     Args:
         context_length: what the model and the options allow, in tokens.
+        placement: of the model's parts.
 
     Raises:
         ConfigurationError: the KV cache could not hold a single block's worth of context.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu = placement.embedding.type == "cuda"
     max_num_seqs = options.max_num_seqs or (64 if on_gpu else 8)
     max_num_batched_tokens = options.max_num_batched_tokens or (2048 if on_gpu else 512)
     blocks_per_seq = -(-context_length // shape.block_size)
     if options.kv_cache_bytes is not None:
-        budget = options.kv_cache_bytes
+        num_blocks = options.kv_cache_bytes // shape.bytes_per_block
     elif on_gpu:
-        budget = _gpu_budget(options, shape, max_num_batched_tokens, decoder, vision, device)
+        num_blocks = _gpu_blocks(options, shape, max_num_batched_tokens, decoder, vision, placement)
     else:
-        budget = int(available_memory() * CPU_MEMORY_SHARE)
-    num_blocks = budget // shape.bytes_per_block
+        num_blocks = int(available_memory() * CPU_MEMORY_SHARE) // shape.bytes_per_block
     if options.kv_cache_bytes is None:
         num_blocks = min(num_blocks, max_num_seqs * blocks_per_seq)
     if num_blocks < 2:
@@ -94,30 +96,44 @@ def threads_for(config: PreTrainedConfig, available: int) -> int:
 
 
 @torch.inference_mode()
-def _gpu_budget(
+def _gpu_blocks(
     options: EngineOptions,
     shape: KVCacheShape,
     num_tokens: int,
     decoder: Decoder,
     vision: VisionEncoder,
-    device: torch.device,
+    placement: Placement,
 ) -> int:
-    """Bytes that `gpu_memory_utilization` leaves beside the weights and the largest step."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    """As many as `gpu_memory_utilization` leaves room for beside the weights and the largest step,
+    on the GPU where that is least for its layers."""
+    for device in placement.devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = {device: torch.cuda.memory_allocated(device) for device in placement.devices}
     num_blocks = -(-num_tokens // shape.block_size)
-    scratch = KVCache(shape, num_blocks, device)
+    scratch = KVCache(shape, num_blocks, placement.layers)
     spans = [Span(0, num_tokens, range(num_blocks))]
-    layout = AttentionBatch.build(spans, shape, device)
-    embeddings = decoder.embed(torch.zeros(num_tokens, dtype=torch.long, device=device))
+    layout = AttentionBatch.build(spans, shape, placement.embedding)
+    token_ids = torch.zeros(num_tokens, dtype=torch.long, device=placement.embedding)
+    embeddings = decoder.embed(token_ids)
     decoder.logits(decoder(embeddings, scratch, layout)[-1:])
     vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
-    activations = torch.cuda.max_memory_allocated(device) - before
+    activations = {
+        device: torch.cuda.max_memory_allocated(device) - bytes_before
+        for device, bytes_before in before.items()
+    }
     del scratch, embeddings, layout
     torch.cuda.empty_cache()
+    return min(
+        (gpu_budget(device, options.gpu_memory_utilization) - activations[device])
+        // (num_layers * shape.layer_bytes_per_block)
+        for device, num_layers in Counter(placement.layers).items()
+    )
+
+
+def gpu_budget(device: torch.device, utilization: float) -> int:
+    """Bytes of a GPU that this process may still take."""
     free, total = torch.cuda.mem_get_info(device)
-    reserved_by_others = total - free
-    return int(total * options.gpu_memory_utilization) - reserved_by_others - activations
+    return int(total * utilization) - (total - free)
 
 
 def available_memory() -> int:

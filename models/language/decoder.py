@@ -1,7 +1,8 @@
 """The decoder of Llama and its relatives, on packed tokens of many sequences at once.
 
 Linear layers are found by their fused names (`qkv_proj`, `gate_up_proj`); the loader puts a plain
-or a 4-bit linear there (`models/language/loading.py`).
+or a 4-bit linear there (`models/language/loading.py`). Layers may lie on several devices; what they
+compute with is handed over where the device changes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from models.language.attention import AttentionBatch, attend
 from models.language.families import attention_bias
 from models.language.kv_cache import KVCache, head_dim
 from models.language.rope import RotaryEmbedding, rotate
+from models.native import kernels
+from models.placement import Placement
 
 
 class RMSNorm(nn.Module):
@@ -102,11 +105,22 @@ class Transformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model that reads embeddings and keeps its past in a paged KV cache."""
+    """A causal language model that reads embeddings and keeps its past in a paged KV cache.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    Attributes:
+        placement: where its parts lie, or will.
+    """
+
+    def __init__(self, config: PreTrainedConfig, placement: Placement | None = None) -> None:
+        """
+        Args:
+            placement: default: all on the CPU.
+        """
         super().__init__()
         self.config = config
+        self.placement = placement or Placement.single(
+            torch.device("cpu"), config.num_hidden_layers
+        )
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary: RotaryEmbedding | None = None
@@ -117,15 +131,29 @@ class Decoder(nn.Module):
         return out
 
     def forward(self, x: Tensor, cache: KVCache, batch: AttentionBatch) -> Tensor:
-        """(tokens, hidden) embeddings -> (tokens, hidden) final states; writes the KV cache."""
+        """(tokens, hidden) embeddings -> (tokens, hidden) final states; writes the KV cache.
+
+        Embeddings and `batch` are on the embedding's device, the final states on the norm's.
+        """
         assert self.rotary is not None, "the loader tabulates the rotary embedding"
         rotation = self.rotary.at(batch.positions, x.dtype)
-        for layer in self.model.layers:
+        here = self.placement.embedding
+        for layer, device in zip(self.model.layers, self.placement.layers, strict=True):
+            if device != here:
+                cos, sin = rotation
+                x, rotation = x.to(device), (cos.to(device), sin.to(device))
+                batch, here = batch.to(device), device
             x = layer(x, rotation, cache, batch)
-        out: Tensor = self.model.norm(x)
+        out: Tensor = self.model.norm(x.to(self.placement.norm))
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, hidden) -> (rows, vocabulary), float32."""
+        """(rows, hidden) -> (rows, vocabulary), float32, on the head's device."""
+        hidden = hidden.to(self.placement.head)
+        weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            library = kernels()
+            if library is not None:
+                return library.dense_matmul(hidden.contiguous(), weight)
         out: Tensor = self.lm_head(hidden)
         return out.float()

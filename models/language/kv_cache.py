@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,12 @@ class KVCacheShape:
 
     @property
     def bytes_per_block(self) -> int:
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return per_token * self.block_size
+        """Of all layers."""
+        return self.num_layers * self.layer_bytes_per_block
+
+    @property
+    def layer_bytes_per_block(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize * self.block_size
 
     def slots(self, blocks: Tensor, offsets: Tensor) -> Tensor:
         """(tokens,) blocks and positions within them -> (tokens, kv_heads) int64: where each
@@ -60,15 +65,23 @@ class KVCache:
     products take as it is.
     """
 
-    def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: KVCacheShape,
+        num_blocks: int,
+        device: torch.device | Sequence[torch.device],
+    ) -> None:
+        """
+        Args:
+            device: of all layers, or of each.
+        """
         self.shape = shape
         self.num_blocks = num_blocks
-        size = (
-            shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim,
-        )  # fmt: skip
+        devices = [device] * shape.num_layers if isinstance(device, torch.device) else device
+        size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         # Zeros, not empty: masked positions still enter products, where a NaN would survive.
-        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.keys = [torch.zeros(size, dtype=shape.dtype, device=each) for each in devices]
+        self.values = [torch.zeros(size, dtype=shape.dtype, device=each) for each in devices]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores (tokens, kv_heads, head_dim) at `slots`; see `KVCacheShape.slots`."""

@@ -7,21 +7,22 @@ packed for the device and let go, so that the peak of memory is one layer above 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from models.awq import QuantizedWeight, W4A16Linear
 from models.checkpoints import WeightSource
+from models.checkpoints.parameters import load_parameter
 from models.errors import CheckpointError
 from models.language.decoder import Decoder
 from models.language.families import attention_bias
 from models.language.kv_cache import head_dim
 from models.language.rope import RotaryEmbedding
+from models.placement import Placement
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -35,7 +36,7 @@ def load_decoder(
     config: PreTrainedConfig,
     *,
     max_positions: int,
-    device: torch.device,
+    device: torch.device | Placement,
     dtype: torch.dtype,
     backend: str,
 ) -> Decoder:
@@ -44,22 +45,25 @@ def load_decoder(
     Args:
         source: the language model's tensors, under transformers' names for a causal LM.
         max_positions: longest sequence that will be computed.
+        device: of the whole decoder, or of each of its parts.
         backend: of the 4-bit linears; see `models.awq.backends`.
 
     Raises:
         CheckpointError: a tensor is missing, left over or misshaped.
     """
+    if isinstance(device, torch.device):
+        device = Placement.single(device, config.num_hidden_layers)
     with init_empty_weights():
-        decoder = Decoder(config)
+        decoder = Decoder(config, device)
     _check(source, config)
     for name, module in list(decoder.named_modules()):
         if isinstance(module, nn.Linear):
-            _place_linear(decoder, name, source, device, dtype, backend)
+            _place_linear(decoder, name, source, dtype, backend)
         else:
             for parameter, _ in module.named_parameters(recurse=False):
                 full = f"{name}.{parameter}"
-                _place(decoder, full, source.get(full), device, dtype)
-    decoder.rotary = RotaryEmbedding(config, max_positions, device)
+                _place(decoder, full, [full], source, dtype)
+    decoder.rotary = RotaryEmbedding(config, max_positions, device.embedding)
     return decoder.eval().requires_grad_(False)
 
 
@@ -116,18 +120,19 @@ def _place_linear(
     decoder: Decoder,
     name: str,
     source: WeightSource,
-    device: torch.device,
     dtype: torch.dtype,
     backend: str,
 ) -> None:
+    device = decoder.placement.of(name)
     parts = list(_checkpoint_names(name))
-    has_bias = decoder.get_submodule(name).bias is not None
-    bias = torch.cat([source.get(f"{part}.bias") for part in parts]) if has_bias else None
+    biased = decoder.get_submodule(name).bias is not None
+    biases = [f"{part}.bias" for part in parts]
     if source.are_quantized(parts):
         try:
             weight = QuantizedWeight.cat([source.quantized(part) for part in parts])
         except ValueError as error:
             raise CheckpointError(f"{name}, made of {', '.join(parts)}: {error}") from error
+        bias = torch.cat([source.get(each) for each in biases]) if biased else None
         parent, _, attribute = name.rpartition(".")
         linear = W4A16Linear.from_quantized(
             weight, bias, backend=backend, device=device, dtype=dtype
@@ -135,12 +140,15 @@ def _place_linear(
         setattr(decoder.get_submodule(parent), attribute, linear)
         return
     if name == "lm_head" and "lm_head.weight" not in source.names():
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight  # tied, placed before it
+        tied = decoder.model.embed_tokens.weight  # placed before it
+        if device == decoder.placement.embedding:
+            decoder.lm_head.weight = tied
+        else:
+            decoder.lm_head.weight = nn.Parameter(tied.to(device), requires_grad=False)
         return
-    weights = [source.get(f"{part}.weight") for part in parts]
-    _place(decoder, f"{name}.weight", torch.cat(weights), device, dtype)
-    if bias is not None:
-        _place(decoder, f"{name}.bias", bias, device, dtype)
+    _place(decoder, f"{name}.weight", [f"{part}.weight" for part in parts], source, dtype)
+    if biased:
+        _place(decoder, f"{name}.bias", biases, source, dtype)
 
 
 def _checkpoint_names(name: str) -> Iterator[str]:
@@ -150,6 +158,7 @@ def _checkpoint_names(name: str) -> Iterator[str]:
 
 
 def _place(
-    decoder: Decoder, name: str, value: Tensor, device: torch.device, dtype: torch.dtype
+    decoder: Decoder, name: str, parts: Sequence[str], source: WeightSource, dtype: torch.dtype
 ) -> None:
-    set_module_tensor_to_device(decoder, name, device, value=value, dtype=dtype)
+    device = decoder.placement.of(name)
+    load_parameter(decoder, name, parts, source, device=device, dtype=dtype)

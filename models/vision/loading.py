@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 
+from models.checkpoints.parameters import load_parameter
 from models.checkpoints.spec import Checkpoint
 from models.checkpoints.weight_source import WeightSource
 from models.vision.encoder import VisionEncoder
@@ -50,4 +50,4 @@ def _fill(
         unused=unused,
     )
     for own, name in names.items():
-        set_module_tensor_to_device(encoder, name, device, value=source.get(own), dtype=dtype)
+        load_parameter(encoder, name, [own], source, device=device, dtype=dtype)

@@ -30,7 +30,8 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from tests.synthetic import TOKENIZER_TEXT, read_tensors, write_tensors
+from tests.checkpoint_files import read_tensors, write_tensors
+from tests.tiny import TOKENIZER_TEXT
 
 VOCABULARY = 320
 """Larger than the tokenizer's, as in the released ones."""

@@ -26,7 +26,9 @@ from transformers import (
     SiglipVisionModel,
 )  # fmt: skip
 
-from tests.synthetic import CLIP_MEAN, awq_file, clip_config, read_tensors
+from models.checkpoints.synthesis.configs import CLIP_MEAN
+from tests.checkpoint_files import awq_file, read_tensors
+from tests.tiny import clip_config
 from tests.unit.awq.derived import read_exactly
 
 VOCABULARY = 400

@@ -11,8 +11,9 @@ import torch
 
 from models import Engine, SamplingParams, load_engine
 from models.errors import CheckpointError, ConfigurationError
+from tests.checkpoint_files import awq_file, rewrite_json
 from tests.parity.test_tokens import QUESTIONS, WIDE
-from tests.synthetic import awq_file, rewrite_json, write_tiny_llava, write_tiny_vila
+from tests.tiny import write_tiny_llava, write_tiny_vila
 from tests.unit.engine.harness import core_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=16, ignore_eos=True)

@@ -13,6 +13,7 @@ from transformers import LlavaImageProcessorPil
 from models import SamplingParams, load_engine
 from models.awq.formats import FORMATS
 from models.awq.quantize import quantize_rtn
+from tests.checkpoint_files import Tensors, read_tensors, rewrite_json, write_tensors
 from tests.parity.hf import (
     VOCABULARY,
     HfReference,
@@ -24,7 +25,6 @@ from tests.parity.hf import (
     write_hf,
 )
 from tests.parity.test_tokens import SQUARE, TALL, WIDE, Question, record_logits
-from tests.synthetic import Tensors, read_tensors, rewrite_json, write_tensors
 
 LENGTH = 32
 ATOL = 1e-4

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from models.checkpoints import open_checkpoint
 from models.errors import CheckpointError
 from models.vision import load_vision
+from tests.checkpoint_files import rewrite_json, rewrite_tensors
 from tests.parity.hf import as_flat, respell, text_configs, write_hf
 from tests.parity.test_hf import QUESTIONS, check_equal
 from tests.parity.test_tokens import picture
-from tests.synthetic import TOKENIZER_TEXT, rewrite_json, rewrite_tensors
+from tests.tiny import TOKENIZER_TEXT
 
 SHAPES = [(90, 40), (35, 80), (64, 64), (200, 20), (20, 300), (7, 5), (33, 31), (640, 480)]
 """Of pictures: each of the pinpoints' shapes, thin strips, and smaller than a tile."""

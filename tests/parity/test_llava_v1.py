@@ -14,17 +14,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from tests.checkpoint_files import awq_file, read_tensors, rewrite_json, rewrite_tensors
 from tests.parity.references import LLAMA_KEYS, dequantized
 from tests.parity.test_hf import answer
 from tests.parity.test_tokens import ATOL, SQUARE, TALL, WIDE, Question
-from tests.synthetic import (
-    awq_file,
-    clip_config,
-    read_tensors,
-    rewrite_json,
-    rewrite_tensors,
-    write_tiny_llava,
-)
+from tests.tiny import clip_config, write_tiny_llava
 
 LENGTH = 16
 SYSTEM = "A chat between a curious human and an artificial intelligence assistant."

@@ -23,10 +23,10 @@ from models import load_engine
 from models.awq.formats import FORMATS
 from models.awq.quantize import quantize_rtn
 from models.errors import InvalidRequest
+from tests.checkpoint_files import Tensors, read_tensors, write_tensors
 from tests.parity.hf import HIDDEN, draw, text_configs, write_tokenizer
 from tests.parity.test_hf import LENGTH, answer
 from tests.parity.test_tokens import ATOL, SQUARE, TALL, WIDE, Question
-from tests.synthetic import Tensors, read_tensors, write_tensors
 
 SIDE, PATCH, WIDTH = 28, 4, 64
 GRID = SIDE // PATCH

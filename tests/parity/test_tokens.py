@@ -16,7 +16,7 @@ from torch import Tensor
 from models import Engine, SamplingParams, load_engine
 from models.engine.sequence import Sequence as EngineSequence
 from tests.parity.references import VOCABULARY, Llava, Reference, Vila
-from tests.synthetic import write_tiny_llava, write_tiny_vila
+from tests.tiny import write_tiny_llava, write_tiny_vila
 from tests.unit.engine.harness import core_of
 
 LENGTH = 12

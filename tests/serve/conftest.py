@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from models.demo import DEMO_CHECKPOINT
 from tests.serve.worker import Worker, free_port, wait_until
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 
 DEPLOY_TIMEOUT_S = 90.0
 

@@ -157,7 +157,7 @@ def test_sixteen_bits_are_served_under_the_plain_name(deploy: Any, tiny_llava: A
 def test_a_vila_checkpoint_is_served_in_both_precisions(
     deploy: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from tests.synthetic import write_tiny_vila
+    from tests.tiny import write_tiny_vila
 
     folder = write_tiny_vila(tmp_path_factory.mktemp("vila") / "vila1.5-tiny")
     answers = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.checkpoints.locations import Location, find_awq
-from models.checkpoints.spec import Checkpoint, Precision, TokenOrder
+from models.checkpoints.spec import Checkpoint, PatchMerge, Precision, TokenOrder
 from models.checkpoints.tensor_files import TensorStore
 from models.checkpoints.weight_source import WeightSource
 from models.errors import CheckpointError
@@ -80,6 +80,24 @@ def check_precision(source: WeightSource, request: Request, searched: Sequence[s
 def names_in(store: TensorStore) -> list[str]:
     """Of all tensors that are there, and of those that only an index promises."""
     return [*store.files, *(name for name in store.absent if name not in store.files)]
+
+
+def select_projector(
+    stores: Iterable[TensorStore | None],
+    merge: PatchMerge,
+    pattern: re.Pattern[str],
+    newline: re.Pattern[str],
+    newline_name: str,
+) -> WeightSource:
+    """The projector's tensors, and the one behind each row of tiles where `merge` asks for it.
+
+    Args:
+        pattern, newline: see `select_first`.
+        newline_name: of that one in the store.
+    """
+    if merge != "spatial_unpad":
+        return select_first(stores, "projector", pattern)
+    return select_first(stores, "projector", pattern, newline, expected=(newline_name,))
 
 
 def select_first(

@@ -9,7 +9,6 @@ Tensors have had several names. For the language model's, in the order of transf
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from models.checkpoints.language_config import context_length, read_language_config
@@ -20,6 +19,7 @@ from models.checkpoints.layouts.base import (
     find_awq_store,
     names_in,
     select_first,
+    select_projector,
 )
 from models.checkpoints.spec import (
     Checkpoint,
@@ -41,6 +41,7 @@ LANGUAGE = re.compile(
 HEAD = re.compile(r"(?:(?:model\.)?language_model\.)?(?P<own>lm_head\..+)")
 TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(?P<own>.+)")
 PROJECTOR = re.compile(r"(?:model\.)?multi_modal_projector\.(?P<own>.+)")
+NEWLINE_NAME = "image_newline"
 NEWLINE = re.compile(r"(?:model\.)?(?P<own>image_newline)")
 PROJECTOR_NAMES = {
     f"linear_{number}.{kind}": f"{index}.{kind}"
@@ -98,7 +99,9 @@ class HfLayout(Layout):
         return Checkpoint(
             spec,
             language,
-            _projector([awq, own], merge),
+            select_projector([awq, own], merge, PROJECTOR, NEWLINE, NEWLINE_NAME).renamed(
+                PROJECTOR_NAMES
+            ),
             select_first([awq, own], "vision tower", TOWER),
         )
 
@@ -118,13 +121,6 @@ def _language(store: TensorStore) -> WeightSource:
     old = any(name.startswith("language_model.") for name in layers)
     head = {"language_model.lm_head.weight" if old else "lm_head.weight": "lm_head.weight"}
     return WeightSource.select("language model", store, {**layers, **head, **others})
-
-
-def _projector(stores: Sequence[TensorStore | None], merge: PatchMerge) -> WeightSource:
-    unpads = merge == "spatial_unpad"
-    patterns = (PROJECTOR, NEWLINE) if unpads else (PROJECTOR,)
-    expected = ("image_newline",) if unpads else ()
-    return select_first(stores, "projector", *patterns, expected=expected).renamed(PROJECTOR_NAMES)
 
 
 def _text_config(config: JsonConfig) -> JsonConfig:

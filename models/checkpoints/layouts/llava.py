@@ -15,6 +15,7 @@ from models.checkpoints.layouts.base import (
     find_awq_store,
     names_in,
     select_first,
+    select_projector,
 )
 from models.checkpoints.locations import locate
 from models.checkpoints.spec import (
@@ -36,6 +37,7 @@ from models.checkpoints.weight_source import WeightSource
 from models.json_config import JsonConfig
 
 PROJECTOR = re.compile(r"model\.mm_projector\.(?P<own>.+)")
+NEWLINE_NAME = "model.image_newline"
 NEWLINE = re.compile(r"model\.(?P<own>image_newline)")
 TOWER = re.compile(r"model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(?P<own>.+)")
 TOWER_FOLDER = re.compile(
@@ -87,7 +89,10 @@ class LlavaLayout(Layout):
         return Checkpoint(
             spec,
             language,
-            _projector([awq, own, *_stray_projector(root)], merge),
+            # The only projector with a single layer has no index in its names.
+            select_projector(
+                [awq, own, *_stray_projector(root)], merge, PROJECTOR, NEWLINE, NEWLINE_NAME
+            ).renamed({"weight": "0.weight", "bias": "0.bias"}),
             _tower([awq, own], tower_folder, root),
         )
 
@@ -119,15 +124,6 @@ def _language(store: TensorStore) -> WeightSource:
         if not any(pattern.fullmatch(name) for pattern in others)
     }
     return WeightSource.select("language model", store, names)
-
-
-def _projector(stores: Iterable[TensorStore | None], merge: PatchMerge) -> WeightSource:
-    unpads = merge == "spatial_unpad"
-    patterns = (PROJECTOR, NEWLINE) if unpads else (PROJECTOR,)
-    expected = ("model.image_newline",) if unpads else ()
-    source = select_first(stores, "projector", *patterns, expected=expected)
-    # The only projector with a single layer has no index in its names.
-    return source.renamed({"weight": "0.weight", "bias": "0.bias"})
 
 
 def _tower(stores: Iterable[TensorStore | None], folder: Path, root: Path) -> WeightSource:

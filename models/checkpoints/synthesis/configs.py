@@ -1,4 +1,10 @@
-"""The JSON files of each layout, as the released checkpoints have them."""
+"""The JSON files of each layout, as the released checkpoints have them.
+
+Compared with what others have quoted of released files: VILA1.5-3b and NVILA-8B (TensorRT-LLM's
+tests of modeling_vila), llava-v1.6-vicuna-7b (PaddleMIX's tests of llava_llama), llava-v1.5-7b and
+llava-hf/llava-1.5-7b-hf (logs of programs that print their model's config), and LLaVAR, which is of
+LLaVA-v1's time. Of VILA-1.0, LLaVA-v1.6's Mistral and 34B, and NVILA-Lite none was found.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +38,8 @@ DEFAULTED = (
 
 def llava(family: Family, tokenizer: WrittenTokenizer) -> Json:
     kind = family.language.kind
-    # v1.5 calls itself what is another model to transformers; v1.6 says it more exactly.
-    model_type = f"llava_{kind}" if family.pinpoints else "llava"
+    # What LLaVA's Llamas call themselves is another model to transformers.
+    model_type = "llava" if kind == "llama" else f"llava_{kind}"
     config = {
         **language_values(family, tokenizer.vocab_size), **_ends(tokenizer),
         "architectures": [f"Llava{CLASSES[kind]}ForCausalLM"], "model_type": model_type,
@@ -48,8 +54,8 @@ def llava(family: Family, tokenizer: WrittenTokenizer) -> Json:
         config |= {"image_aspect_ratio": family.aspect_ratio}
     if family.pinpoints:
         config |= {
-            "mm_patch_merge_type": "spatial_unpad", "image_crop_resolution": None,
-            "image_grid_pinpoints": _pinpoints(family),
+            "mm_patch_merge_type": "spatial_unpad", "image_crop_resolution": 224,
+            "image_split_resolution": 224, "image_grid_pinpoints": _pinpoints(family),
         }  # fmt: skip
     return config
 

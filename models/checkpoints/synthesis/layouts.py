@@ -123,7 +123,7 @@ class VilaWriter(LayoutWriter):
 
     def companions(self, job: Job) -> Iterator[Companion]:
         tower = draw_tower(job.family, job.weights)
-        yield job.root / "vision_tower", _renamed(tower, "vision_tower.vision_model.")
+        yield job.root / "vision_tower", _renamed(tower, "vision_model.")
         projector = draw_projector(job.family, job.weights)
         yield job.root / "mm_projector", _renamed(projector, "layers.")
 

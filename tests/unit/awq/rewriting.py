@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from models.awq import QuantizedWeight, quantize_rtn
 from models.awq.formats import FORMATS
-from tests.synthetic import Tensors, awq_file, read_tensors, write_tensors
+from tests.checkpoint_files import Tensors, awq_file, read_tensors, write_tensors
 
 V2 = ("qweight", "scales", "scaled_zeros")
 

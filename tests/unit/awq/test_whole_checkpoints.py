@@ -11,7 +11,8 @@ from PIL import Image
 from models import SamplingParams, load_engine
 from models.awq.formats import FORMATS
 from models.checkpoints import open_checkpoint
-from tests.synthetic import Tensors, write_tiny_llava, write_tiny_vila
+from tests.checkpoint_files import Tensors
+from tests.tiny import write_tiny_llava, write_tiny_vila
 from tests.unit.awq.rewriting import as_own_files, as_torch_file, in_format, take_awq
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)

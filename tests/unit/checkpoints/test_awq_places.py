@@ -15,13 +15,8 @@ from models.checkpoints.spec import Precision
 from models.errors import CheckpointError
 from models.language.loading import load_decoder
 from models.vision import load_vision
-from tests.synthetic import (
-    Tensors,
-    read_tensors,
-    rewrite_tensors,
-    write_tiny_llava,
-    write_tiny_vila,
-)
+from tests.checkpoint_files import Tensors, read_tensors, rewrite_tensors
+from tests.tiny import write_tiny_llava, write_tiny_vila
 from tests.unit.awq.rewriting import (
     PLACES,
     as_one_tensor_files,

@@ -15,7 +15,8 @@ from models.errors import CheckpointError
 from models.json_config import JsonConfig
 from models.language.kv_cache import head_dim
 from models.vision import load_vision
-from tests.synthetic import rewrite_json, write_tiny_llava, write_tiny_vila
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import write_tiny_llava, write_tiny_vila
 
 TOWER = "clip-tiny/config.json"
 PROCESSOR = "clip-tiny/preprocessor_config.json"

@@ -13,13 +13,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from models import load_engine
-from models.checkpoints import locations, weight_source
+from models.checkpoints import locations, tensor_files
 from models.checkpoints.__main__ import main
 from models.checkpoints.inspection import inspect_checkpoint, render
 from models.checkpoints.synthesis import FAMILIES, OUTPUT_FORMATS, synthesize
 from models.checkpoints.synthesis.synthesize import GROUP_SIZES
 from models.errors import CheckpointError
-from tests.synthetic import rewrite_json, rewrite_tensors
+from tests.checkpoint_files import rewrite_json, rewrite_tensors
 
 
 @pytest.fixture
@@ -107,11 +107,9 @@ def test_memory_is_that_of_the_tensors_that_are_used(vila: Path) -> None:
 def test_no_weights_are_read(precision: Any, llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But those of one 4-bit layer, which alone say how large its groups are."""
     read: list[str] = []
-    monkeypatch.setattr(
-        weight_source.TensorPlace,
-        "read",
-        _recording(weight_source.TensorPlace.read, read),
-    )
+    for method in ("read", "copy_into"):
+        original = getattr(tensor_files.MappableFile, method)
+        monkeypatch.setattr(tensor_files.MappableFile, method, _recording(original, read))
     inspect_checkpoint(llava, precision=precision)
     assert len({name.rpartition(".")[0] for name in read}) == (1 if precision == "W4A16" else 0)
 
@@ -208,9 +206,9 @@ def test_wrong_numbers_are_one_line(
     assert ended.value.code == 2 and error.count("\n") == 1 and arguments[0] in error
 
 
-def _recording(read: Callable[[Any], torch.Tensor], names: list[str]) -> Callable[[Any], Any]:
-    def recorded(place: weight_source.TensorPlace) -> torch.Tensor:
-        names.append(place.stored_name)
-        return read(place)
+def _recording(read: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def recorded(file: tensor_files.TensorFile, name: str, *out: torch.Tensor) -> Any:
+        names.append(name)
+        return read(file, name, *out)
 
     return recorded

@@ -12,14 +12,9 @@ import torch
 
 from models.checkpoints import locations, open_checkpoint
 from models.errors import CheckpointError, ConfigurationError
+from tests.checkpoint_files import awq_file, rewrite_json, rewrite_tensors
 from tests.parity.hf import text_configs, write_hf
-from tests.synthetic import (
-    awq_file,
-    rewrite_json,
-    rewrite_tensors,
-    write_tiny_llava,
-    write_tiny_vila,
-)
+from tests.tiny import write_tiny_llava, write_tiny_vila
 
 
 @pytest.fixture

@@ -14,17 +14,16 @@ from models.checkpoints.spec import Precision
 from models.errors import CheckpointError
 from models.language.loading import load_decoder
 from models.vision import load_vision
-from tests.parity.hf import Spelling, respell, text_configs, write_hf
-from tests.synthetic import (
+from tests.checkpoint_files import (
     Tensors,
     awq_file,
     read_tensors,
     rewrite_json,
     rewrite_tensors,
     write_tensors,
-    write_tiny_llava,
-    write_tiny_vila,
-)  # fmt: skip
+)
+from tests.parity.hf import Spelling, respell, text_configs, write_hf
+from tests.tiny import write_tiny_llava, write_tiny_vila
 
 CPU = torch.device("cpu")
 TOWER = "model.vision_tower.vision_tower.vision_model."

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from models.checkpoints import open_checkpoint
 from models.checkpoints.template_choice import choose_template
 from models.errors import ConfigurationError
-from tests.synthetic import rewrite_json, write_tiny_llava
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import write_tiny_llava
 
 LLAMA = LlamaConfig(vocab_size=32_000)
 LLAMA_3 = LlamaConfig(vocab_size=128_256)

@@ -17,6 +17,7 @@ from models.awq.formats import TensorHeader
 from models.checkpoints import open_checkpoint, tensor_files
 from models.checkpoints.tensor_files import (
     NotTensors,
+    OldTorchFile,
     SafetensorsFile,
     TensorFile,
     TensorStore,
@@ -26,7 +27,8 @@ from models.checkpoints.tensor_files import (
     open_weight_sets,
 )  # fmt: skip
 from models.errors import CheckpointError
-from tests.synthetic import awq_file, write_tensors, write_tiny_llava, write_tiny_vila
+from tests.checkpoint_files import awq_file, write_tensors
+from tests.tiny import write_tiny_llava, write_tiny_vila
 
 
 class Attack:
@@ -129,55 +131,72 @@ def test_headers_and_data_come_as_they_were_written(
     else:
         WAYS[kind]({"a": value}, path)
     file = open_tensor_file(path, "x")
-    assert isinstance(file, SafetensorsFile if kind == "safetensors" else TorchFile)
+    classes = {"safetensors": SafetensorsFile, "zip": TorchFile, "before torch 1.6": OldTorchFile}
+    assert type(file) is classes[kind]
     assert file.headers["a"] == ((3, 4), dtype)
     assert torch.equal(file.read("a"), value) and file.read("a").dtype == dtype
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "zip", "before torch 1.6"])
-def test_tensors_that_were_read_outlive_their_file(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mapped file that is cut under a running process ends it (SIGBUS)."""
-    monkeypatch.setattr(tensor_files, "UNMAP_AFTER", 5000)
-    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.bin")
-    values = {name: torch.arange(1000.0) + 1000 * i for i, name in enumerate("abcde")}
+KINDS = ["safetensors", "zip", "before torch 1.6"]
+
+
+def write(kind: str, values: dict[str, torch.Tensor], folder: Path) -> Path:
+    path = folder / ("x.safetensors" if kind == "safetensors" else "x.bin")
     if kind == "safetensors":
         save_file(values, path)
     else:
         WAYS[kind](values, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_that_were_read_outlive_their_file(kind: str, tmp_path: Path) -> None:
+    """A mapped file that is cut under a running process ends it (SIGBUS)."""
+    values = {name: torch.arange(1000.0) + 1000 * i for i, name in enumerate("abcde")}
+    path = write(kind, values, tmp_path)
     file = open_tensor_file(path, "x")
-    for name in "abcdeedcbaabc":  # more often than the file is let go
-        assert torch.equal(file.read(name), values[name])
-    read = {name: file.read(name) for name in "abcde"}
+    read = {name: file.read(name) for name in "edcba"}
+    assert str(path) not in Path("/proc/self/maps").read_text()
     path.write_bytes(b"")
     for name, value in values.items():
         assert torch.equal(read[name], value)
+    if kind != "before torch 1.6":
+        with pytest.raises(CheckpointError, match="^x ends early"):
+            file.read("a")
 
 
-def mapped(path: Path) -> bool:
-    return str(path) in Path("/proc/self/maps").read_text()
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_files_are_let_go_once_they_have_been_read(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0)], ids=str)
+def test_tensors_are_copied_piece_by_piece_into_any_dtype(
+    shape: tuple[int, ...], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their pages count as the process's, which would then hold all weights twice."""
-    path = tmp_path / f"x.{suffix}"
-    values = {name: torch.full((1000,), float(i)) for i, name in enumerate("abcd")}
-    if suffix == "safetensors":
-        save_file(values, path)
-    else:
-        torch.save(values, path)
-    file = open_tensor_file(path, "x")
-    everything = [file.read(name) for name in "abcd"]
-    assert not mapped(path)
-    monkeypatch.setattr(tensor_files, "UNMAP_AFTER", 8000)
-    everything += [file.read(name) for name in "ab"]
-    assert not mapped(path), "half of it has been read"
-    assert torch.equal(torch.stack(everything)[:, 0], torch.tensor([0.0, 1, 2, 3, 0, 1]))
+    monkeypatch.setattr(tensor_files, "CHUNK", 16)
+    values = {"other": torch.arange(9.0), "a": torch.randn(shape)}
+    file = open_tensor_file(write(kind, values, tmp_path), "x")
+    assert torch.equal(file.read("a"), values["a"])
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = torch.full((4, *shape), 7.0, dtype=dtype)
+        file.copy_into("a", rows[1:2].view(shape))
+        assert torch.equal(rows[1], values["a"].to(dtype))
+        assert (rows[[0, 2, 3]] == 7).all(), "its neighbours are left alone"
+
+
+@pytest.mark.parametrize("kind", ["zip", "before torch 1.6"])
+def test_views_are_stored_as_they_are_and_read_in_their_own_order(
+    kind: str, tmp_path: Path
+) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    views = {
+        "rows": whole[1:3], "columns": whole[:, 2:4], "transposed": whole.t(),
+        "every second": whole[1::2, ::2], "expanded": whole[0].expand(3, 6),
+        "parameter": torch.nn.Parameter(whole[2]),
+    }  # fmt: skip
+    file = open_tensor_file(write(kind, views, tmp_path), "x")
+    for name, view in views.items():
+        assert torch.equal(file.read(name), view.detach()), name
+        out = torch.empty(view.shape, dtype=torch.float64)
+        file.copy_into(name, out)
+        assert torch.equal(out, view.detach().double()), name
 
 
 class MemoryFile(TensorFile):
@@ -186,6 +205,9 @@ class MemoryFile(TensorFile):
         self.headers = {name: TensorHeader((2,), torch.float32) for name in names}
 
     def read(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def copy_into(self, name: str, out: torch.Tensor) -> None:
         raise NotImplementedError
 
 

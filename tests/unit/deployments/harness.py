@@ -21,7 +21,7 @@ from models.errors import EngineDead, InvalidRequest
 from models.prompts import Template, get_template
 
 if TYPE_CHECKING:
-    from models import Engine
+    from models import Engine, Prompt
     from models.engine.engine import Images
     from models.engine.messages import FinishedRequest
 
@@ -71,11 +71,11 @@ class FakeEngine:
         self.counted: dict[str, Any] = {}
         self.finished: list[FinishedRequest] = []
         self.preparing: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
-        self.asked: list[tuple[str, list[Image.Image], SamplingParams, float | None]] = []
+        self.asked: list[tuple[Any, list[Image.Image], SamplingParams, float | None]] = []
 
     async def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Images = (),
         params: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         *,
@@ -113,6 +113,10 @@ class FakeEngine:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids)
+
+    def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
+        if not all(0 <= i < self.tokenizer.vocab_size for i in token_ids):
+            raise InvalidRequest(field, "holds ids of no token")
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")

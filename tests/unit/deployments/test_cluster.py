@@ -87,6 +87,19 @@ def test_gpus_of_this_machine_are_those_that_cuda_would_show(
     assert cluster._local_gpus() == count
 
 
+def test_the_smallest_gpu_says_how_much_a_gpu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda *args, **kwargs: subprocess.CompletedProcess(args, 0, stdout="81559\n24576\n"),
+    )
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [ray_node(8, 2), ray_node(8, 4)])
+    found = Cluster.look()
+    assert (found.gpu_bytes, found.gpus) == (24 << 30, 4)
+
+
 def test_a_machine_without_a_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert cluster._local_gpus() == 0

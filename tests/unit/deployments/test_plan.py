@@ -13,7 +13,7 @@ from deployments.config import AppConfig
 from deployments.model_source import default_name, registered_name, resolve_model
 from deployments.plan import Plan, make_plan
 from models.errors import ConfigurationError
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 
 LAPTOP = Cluster((Node(cpus=8, gpus=0),))
 GPU_BOX = Cluster((Node(cpus=16, gpus=2),))
@@ -64,6 +64,35 @@ def test_on_a_cluster_that_grows_a_gpu_is_waited_for_and_that_is_said(
     finally:
         logger.removeHandler(caplog.handler)
     assert "replicas wait until it has come" in caplog.text
+
+
+def test_a_model_that_is_larger_than_a_gpu_takes_several(checkpoint: str) -> None:
+    """The tiny one needs 2.3 MiB, its KV cache included."""
+    for kibibytes, gpus in ((4096, 1), (2304, 2), (1792, 3)):
+        cluster = Cluster((Node(cpus=16, gpus=4),), gpu_bytes=kibibytes << 10)
+        made = plan(checkpoint, cluster)
+        assert (made.num_gpus, made.num_cpus) == (gpus, 4 * gpus)
+        assert plan(checkpoint, cluster, device_map="balanced").num_gpus == 4
+        assert plan(checkpoint, cluster, device_map="single").num_gpus == 1
+
+
+def test_a_model_that_is_larger_than_a_nodes_gpus_is_refused(checkpoint: str) -> None:
+    cluster = Cluster((Node(cpus=16, gpus=2),), gpu_bytes=512 << 10)
+    with pytest.raises(ConfigurationError, match="the model does not fit.*cuda:0, cuda:1 have"):
+        plan(checkpoint, cluster)
+
+
+def test_where_nothing_is_known_of_the_gpus_one_is_asked_for(checkpoint: str) -> None:
+    assert plan(checkpoint, GPU_BOX).num_gpus == 1
+    assert plan("Efficient-Large-Model/VILA1.5-40b-AWQ", GPU_BOX).num_gpus == 1
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_map_over_several_gpus_needs_several(checkpoint: str, gpus: int) -> None:
+    with pytest.raises(ConfigurationError, match=r"device_map is balanced.*device_map: auto"):
+        plan(checkpoint, Cluster((Node(cpus=8, gpus=gpus),)), device_map="balanced")
+    growing = Cluster((Node(cpus=8, gpus=gpus),), grows=True)
+    assert plan(checkpoint, growing, device_map="balanced", device="cuda").num_gpus == 2
 
 
 def test_four_bits_without_four_bit_weights_are_refused(tmp_path: Path) -> None:

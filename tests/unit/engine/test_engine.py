@@ -25,7 +25,7 @@ from models.errors import (
     RequestTimeout,
     TinyChatError,
 )  # fmt: skip
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 from tests.unit.engine.harness import core_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)

@@ -19,7 +19,7 @@ from models.engine.output_text import REPLACEMENT, OutputText
 from models.prompts import Tokenizer, load_tokenizer
 from models.prompts.huggingface import HuggingFaceTokenizer
 from models.prompts.sentencepiece_ import SentencePieceTokenizer
-from tests.synthetic import TOKENIZER_TEXT, tokenizer_model
+from tests.tiny import TOKENIZER_TEXT, tokenizer_model
 from tests.unit.prompts.tiny_tokenizers import (
     write_gpt2,
     write_llama_3,

@@ -17,7 +17,7 @@ from PIL import Image
 from models import Engine, GenerationDelta, SamplingParams, load_engine
 from models.engine.process import ProcessHost
 from models.errors import CheckpointError, ConfigurationError, EngineDead, RequestAborted
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_new_tokens=900, ignore_eos=True)

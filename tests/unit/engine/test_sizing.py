@@ -15,9 +15,11 @@ from models.engine.options import EngineOptions
 from models.engine.sizing import EngineSizes, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.kv_cache import KVCache, KVCacheShape
-from tests.synthetic import write_tiny_llava
+from models.placement import Placement
+from tests.tiny import write_tiny_llava
 
 CPU = torch.device("cpu")
+ON_CPU = Placement.single(CPU, 3)
 CONFIG = LlamaConfig(
     hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=64, vocab_size=100,
@@ -31,14 +33,17 @@ def shape(block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> KVCacheS
 def sizes(context: int = 512, **options: Any) -> EngineSizes:
     resolved = EngineOptions(**options)
     nothing: Any = None  # the decoder and the tower are looked at on a GPU only
-    return resolve_sizes(resolved, shape(resolved.block_size), context, nothing, nothing, CPU)
+    return resolve_sizes(resolved, shape(resolved.block_size), context, nothing, nothing, ON_CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_a_blocks_bytes_are_counted_right(dtype: torch.dtype, block_size: int) -> None:
     cache = KVCache(shape(block_size, dtype), 5, CPU)
-    assert cache.keys.nbytes + cache.values.nbytes == 5 * shape(block_size, dtype).bytes_per_block
+    assert (
+        sum(x.nbytes for x in (*cache.keys, *cache.values))
+        == 5 * shape(block_size, dtype).bytes_per_block
+    )
 
 
 def test_kv_cache_bytes_are_not_exceeded() -> None:

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,6 +28,7 @@ from models.language.attention import AttentionBatch, Span
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
+from models.placement import Placement
 
 CPU = torch.device("cpu")
 BLOCK = 8
@@ -52,6 +55,12 @@ class MemorySource:
 
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        out.copy_(self.tensors[name])
 
     def is_quantized(self, linear: str) -> bool:
         return linear in self.layers
@@ -86,7 +95,12 @@ ROPES = {
 
 
 def pair(
-    rope: str = "default", family: str = "llama", *, quantized: bool = False, **overrides: Any
+    rope: str = "default",
+    family: str = "llama",
+    *,
+    quantized: bool = False,
+    device: torch.device | Placement = CPU,
+    **overrides: Any,
 ) -> tuple[PreTrainedModel, Decoder]:
     """transformers' model with random weights, and ours with the same."""
     torch.manual_seed(1)
@@ -114,7 +128,7 @@ def pair(
     )
     decoder = load_decoder(
         source,  # type: ignore[arg-type]
-        config, max_positions=128, device=CPU, dtype=torch.float32, backend="reference",
+        config, max_positions=128, device=device, dtype=torch.float32, backend="reference",
     )  # fmt: skip
     return reference, decoder
 
@@ -135,7 +149,8 @@ def check_logits(reference: PreTrainedModel, decoder: Decoder) -> None:
     tokens = torch.randint(0, 120, (50,)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([tokens])).logits[0]
-    cache = KVCache(KVCacheShape.of(reference.config, BLOCK, torch.float32), 8, CPU)
+    shape = KVCacheShape.of(reference.config, BLOCK, torch.float32)
+    cache = KVCache(shape, 8, decoder.placement.layers)
     got = compute(decoder, cache, [(tokens, 0, 50, [5, 1, 7, 0, 3, 2, 6])])
     assert (got - expected).abs().max() < 1e-4
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
@@ -257,8 +272,8 @@ def test_a_sequence_never_reads_anothers_blocks() -> None:
     outputs = []
     for filling in (0.0, 1e6):
         cache = KVCache(shape, 8, CPU)
-        cache.keys.fill_(filling)
-        cache.values.fill_(filling)
+        for vectors in (*cache.keys, *cache.values):
+            vectors.fill_(filling)
         compute(decoder, cache, [(tokens, 0, 19, [4, 1, 6])])
         outputs.append(compute(decoder, cache, [(tokens, 19, 20, [4, 1, 6])]))
     assert torch.equal(*outputs)
@@ -284,3 +299,67 @@ def test_the_expected_tensors_are_asked_for_by_the_checkpoints_names(
             reference.config, max_positions=128, device=CPU, dtype=torch.float32,
             backend="reference",
         )  # fmt: skip
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operators whose tensors lie on several devices; `meta`'s own check only some."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs or {}))
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+        assert len(devices) < 2 or func is torch.ops.aten.copy_.default, (func, devices)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("others", [1, 2])
+def test_layers_on_several_devices_give_the_same_logits(
+    others: int, tied: bool, quantized: bool
+) -> None:
+    """The CPU under its other name takes the way of a second device."""
+    second = torch.device("cpu", 0)
+    placement = Placement(CPU, CPU, (CPU,) * (3 - others) + (second,) * others, second, second)
+    overrides = {"quantized": quantized, "tie_word_embeddings": tied}
+    reference, decoder = pair(device=placement, **overrides)  # type: ignore[arg-type]
+    check_logits(reference, decoder)
+    _, alone = pair(**overrides)  # type: ignore[arg-type]
+    tokens = torch.randint(0, 120, (20,)).tolist()
+    outputs = []
+    for model in (decoder, alone):
+        shape = KVCacheShape.of(reference.config, BLOCK, torch.float32)
+        cache = KVCache(shape, 8, model.placement.layers)
+        compute(model, cache, [(tokens, 0, 11, [4, 1, 6])])
+        outputs.append(compute(model, cache, [(tokens, 11, 20, [4, 1, 6]), (tokens, 0, 1, [3])]))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 4])
+def test_what_is_computed_with_is_on_its_device(first: int, tied: bool, quantized: bool) -> None:
+    """The part `first`, of three layers, norm and head, and those behind it lie on `meta`."""
+    meta = torch.device("meta")
+    *layers, norm, head = [CPU] * first + [meta] * (5 - first)
+    placement = Placement(CPU, CPU, tuple(layers), norm, head)
+    reference, decoder = pair(device=placement, quantized=quantized, tie_word_embeddings=tied)
+    devices = {
+        name: tensor.device.type
+        for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers())
+    }
+    places = [f"model.layers.{index}." for index in range(3)] + ["model.norm.", "lm_head."]
+    before = ("model.embed_tokens.", "rotary.", *places[:first])
+    assert {name for name, device in devices.items() if device == "cpu"} == {
+        name for name in devices if name.startswith(before)
+    }
+    shape = KVCacheShape.of(reference.config, BLOCK, torch.float32)
+    cache = KVCache(shape, 8, decoder.placement.layers)
+    for vectors in (cache.keys, cache.values):
+        assert [part.device for part in vectors] == layers
+    tokens = list(range(20))
+    with OneDevice():
+        compute(decoder, cache, [(tokens, 0, 9, [4, 1, 6])])
+        logits = compute(decoder, cache, [(tokens, 9, 20, [4, 1, 6]), (tokens, 5, 6, [3])])
+    assert logits.device == meta and logits.shape == (12, 120)

@@ -27,7 +27,7 @@ def test_tokens_come_back_in_their_order(blocks: list[int], tokens: int, layer: 
 
 def test_several_tables_are_read_at_once() -> None:
     cache = KVCache(SHAPE, 8, CPU)
-    cache.keys[:] = torch.arange(8.0)[None, :, None, None, None]
+    cache.keys[0][:] = torch.arange(8.0)[:, None, None, None]
     keys, _ = cache.read(0, SHAPE.tables(torch.tensor([[3, 1], [7, 0]])))
     assert keys.shape == (2, 3, 8, 4)
     assert keys[:, 0, :, 0].tolist() == [[3.0] * 4 + [1.0] * 4, [7.0] * 4 + [0.0] * 4]

@@ -12,7 +12,8 @@ from models import load_engine
 from models.errors import CheckpointError, InvalidRequest
 from models.language.vocabulary import check_vocabulary
 from models.prompts import Tokenizer
-from tests.synthetic import rewrite_json, rewrite_tensors, write_tiny_llava
+from tests.checkpoint_files import rewrite_json, rewrite_tensors
+from tests.tiny import write_tiny_llava
 
 
 class Words(Tokenizer):

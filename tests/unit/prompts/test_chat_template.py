@@ -24,7 +24,8 @@ from models.prompts import (
     load_tokenizer,
     stop_token_ids,
 )
-from tests.synthetic import rewrite_json, write_tiny_llava
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import write_tiny_llava
 from tests.unit.prompts.tiny_tokenizers import write_llama_3, write_llava_hf, write_qwen2
 
 CHATML = """{% if messages[0]['role'] != 'system' %}

@@ -26,7 +26,8 @@ from models.prompts import (
     stop_token_ids,
     written_templates,
 )
-from tests.synthetic import rewrite_json, write_tiny_llava
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import write_tiny_llava
 
 RECORDED: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "recorded" / "prompts.json").read_text(encoding="utf-8")

@@ -22,7 +22,8 @@ from models.errors import CheckpointError
 from models.prompts import Tokenizer, load_tokenizer
 from models.prompts.huggingface import HuggingFaceTokenizer
 from models.prompts.sentencepiece_ import SentencePieceTokenizer
-from tests.synthetic import TOKENIZER_TEXT, rewrite_json, write_tiny_llava
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import TOKENIZER_TEXT, write_tiny_llava
 from tests.unit.prompts.tiny_tokenizers import write_gpt2, write_llama_3, write_qwen2
 
 RECORDED = Path(__file__).parent / "recorded"

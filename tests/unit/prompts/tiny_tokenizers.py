@@ -11,7 +11,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AddedToken, LlamaTokenizer
 
-from tests.synthetic import TOKENIZER_TEXT, tokenizer_model
+from tests.tiny import TOKENIZER_TEXT, tokenizer_model
 
 TEXTS = TOKENIZER_TEXT + "Grüße, 猫と犬! 12345 it's they'RE\n\n\n  indented\ttabs\r\n"
 GPT4_SPLIT = (

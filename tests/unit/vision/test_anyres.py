@@ -17,9 +17,9 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 
 from models.checkpoints import PreprocessingSpec
 from models.checkpoints.spec import PatchMerge
+from models.checkpoints.synthesis.configs import CLIP_MEAN, CLIP_STD
 from models.vision import ImagePreprocessor, PreparedImage
 from models.vision.anyres import TileGrid, choose_pinpoint
-from tests.synthetic import CLIP_MEAN, CLIP_STD
 
 MEAN, STD = (CLIP_MEAN[0], CLIP_MEAN[1], CLIP_MEAN[2]), (CLIP_STD[0], CLIP_STD[1], CLIP_STD[2])
 TINY = PreprocessingSpec(

@@ -15,14 +15,8 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 from models.checkpoints import PreprocessingSpec, VisionSpec, open_checkpoint
 from models.vision import ImagePreprocessor, PreparedImage, VisionEncoder, load_vision
 from models.vision.tower import VisionTower
-from tests.synthetic import (
-    clip_config,
-    read_tensors,
-    rewrite_json,
-    siglip_config,
-    write_tiny_llava,
-    write_tiny_vila,
-)  # fmt: skip
+from tests.checkpoint_files import read_tensors, rewrite_json
+from tests.tiny import clip_config, siglip_config, write_tiny_llava, write_tiny_vila
 
 CPU = torch.device("cpu")
 NO_PREPROCESSING = PreprocessingSpec("default", "square", 32, 32, (0.5,) * 3, (0.5,) * 3)

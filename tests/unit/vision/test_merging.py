@@ -21,7 +21,7 @@ from models.errors import CheckpointError
 from models.vision import ImagePreprocessor, PreparedImage, VisionEncoder, load_vision
 from models.vision.anyres import TileGrid
 from models.vision.merging import merge_tiles
-from tests.synthetic import clip_config
+from tests.tiny import clip_config
 from tests.unit.vision.test_anyres import MEAN, STD, noise
 
 CPU = torch.device("cpu")

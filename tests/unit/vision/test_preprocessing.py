@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from models.checkpoints import PreprocessingSpec
+from models.checkpoints.synthesis.configs import CLIP_MEAN, CLIP_STD
 from models.vision import ImagePreprocessor
-from tests.synthetic import CLIP_MEAN, CLIP_STD
 
 CLIP = PreprocessingSpec(
     "default",

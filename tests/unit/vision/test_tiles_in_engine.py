@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from models import SamplingParams, load_engine
-from tests.synthetic import rewrite_json, write_tiny_llava
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import write_tiny_llava
 from tests.unit.vision.test_anyres import noise
 
 PARAMS = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)

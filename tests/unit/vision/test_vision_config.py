@@ -24,7 +24,8 @@ from models.checkpoints.vision_config import read_hf_vision, read_vision
 from models.errors import CheckpointError
 from models.json_config import JsonConfig
 from models.vision import ImagePreprocessor
-from tests.synthetic import clip_config, rewrite_json, siglip_config, write_tiny_llava
+from tests.checkpoint_files import rewrite_json
+from tests.tiny import clip_config, siglip_config, write_tiny_llava
 from tests.unit.vision.test_anyres import noise
 
 SIDE = {"height": 32, "width": 32}
