@@ -10,6 +10,7 @@ later; none is dropped.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ class Scheduler:
         if not self.pool.can_allocate(num_new, matched):
             return False
         self.pool.take(matched)
-        seq.block_table = matched + self.pool.allocate(num_new)
+        seq.block_table = array("q", matched + self.pool.allocate(num_new))
         seq.num_known_blocks = len(matched)
         seq.num_computed = len(matched) * self.pool.block_size
         if seq.num_output_tokens == 0:
@@ -255,7 +256,7 @@ class Scheduler:
         """
         while self.pool.blocks_for(len(seq.token_ids)) > len(seq.block_table):
             if self.pool.can_allocate(1):
-                seq.block_table += self.pool.allocate(1)
+                seq.block_table.extend(self.pool.allocate(1))
             else:
                 victim = self.running[-1]
                 self._preempt(victim)
