@@ -16,8 +16,8 @@ from __future__ import annotations
 MIN_CHUNK = 64
 """Tokens. On a CPU 64 rows take, for each, some 10 % longer than 512 do; 16 rows twice as long."""
 FREE_S = 0.03
-"""Each request may delay the others by so much at once: short prompts are computed in one piece, and
-many that come together fill the batch without waiting for one another."""
+"""Each request may delay the others by so much at once: short prompts are computed in one piece,
+and many that come together fill the batch without waiting for one another."""
 SMOOTHING = 0.2
 """Weight of the newest measurement in the averages."""
 
