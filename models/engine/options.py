@@ -16,6 +16,9 @@ class EngineOptions:
         max_num_seqs: how many requests run at a time; default 64 on a GPU, 8 on a CPU.
         max_num_batched_tokens: tokens computed in one step at most, decodes included: the size of
             a prefill chunk; default 2,048 on a GPU, 512 on a CPU.
+        max_prefill_slowdown: by what share arriving prompts may raise the running streams' time per
+            token, on average. The smaller, the longer new requests wait for their first token;
+            None: without limit.
         block_size: tokens in a KV block.
         bf16_copy: on a CPU without AVX-512's bf16 instructions, or without a C++ compiler: keep a
             16-bit copy of 4-bit weights besides, with which prompts are computed up to 2.5 times
@@ -31,6 +34,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_prefill_slowdown: float | None = 0.45
     block_size: int = 16
     bf16_copy: bool | None = None
     gpu_memory_utilization: float = 0.9

@@ -80,9 +80,11 @@ class AttentionBatch:
         all_positions = torch.cat(positions)
 
         width = max((-(-span.end // size) for span in decodes), default=0)
-        used = [span.block_table[: -(-span.end // size)] for span in decodes]
-        padded = [[*table, *[0] * (width - len(table))] for table in used]
-        tables = torch.tensor(padded, dtype=torch.long).view(num_decodes, width)
+        tables = torch.zeros((num_decodes, width), dtype=torch.long)
+        rows = tables.numpy()
+        for row, span in enumerate(decodes):
+            used = -(-span.end // size)
+            rows[row, :used] = span.block_table[:used]
         mask = torch.arange(width * size) < ends.unsqueeze(1)
 
         prompts, row = [], num_decodes
