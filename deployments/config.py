@@ -122,8 +122,9 @@ class AppConfig(BaseModel):
     )
     bf16_copy: bool | None = Field(
         None,
-        description="On a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are "
-        "computed up to 2.5 times as fast. Default: where a quarter of the free memory holds it.",
+        description="On a CPU without AVX-512's bf16 instructions, or without a C++ compiler: keep "
+        "a 16-bit copy of 4-bit weights besides, with which prompts are computed up to 2.5 times "
+        "as fast. Default: where a quarter of the free memory holds it.",
     )
     image_cache_bytes: int = Field(
         256 << 20, ge=0, description="Bytes of picture embeddings that are kept for reuse."

@@ -159,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in validation_problems(error):
             print(problem, file=sys.stderr)
         return 2
-    if "RAY_ADDRESS" not in os.environ and (problem := problem_here(config, options)):
-        print(problem, file=sys.stderr)
+    if "RAY_ADDRESS" not in os.environ and (reason := problem_here(config, options)):
+        print(reason, file=sys.stderr)
         return 1
     start_ray(options.metrics_port)
     stop = StopSignal()  # after Ray, which has a handler of its own

@@ -178,6 +178,7 @@ def load_core(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
+        max_prefill_slowdown=options.max_prefill_slowdown,
     )
     preprocessor = ImagePreprocessor(
         spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge

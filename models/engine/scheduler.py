@@ -2,14 +2,16 @@
 
 Requests wait in one line, first come first served, and run at most `max_num_seqs` at a time. A
 step's budget of tokens goes to the running decodes first (one token each), then to prompts, cut
-into chunks, so that a long prompt never stalls the streams. A request whose beginning another one
-is just computing waits for it. When the KV cache runs short the
-youngest running request gives its blocks back and is computed again later; none is dropped.
+into chunks, so that a long prompt never stalls the streams; how much of prompts they bear is
+`PrefillBudget`'s to say. A request whose beginning another one is just computing waits for it. When
+the KV cache runs short the youngest running request gives its blocks back and is computed again
+later; none is dropped.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 from models.engine.block_pool import BlockPool
 from models.engine.messages import FinishReason, GenerationDelta, TokenLogprobs
+from models.engine.prefill_budget import PrefillBudget
 from models.engine.sequence import Sequence
 from models.engine.token_gaps import TokenGaps
 from models.errors import EngineFault, RequestTimeout, TinyChatError
@@ -58,9 +61,16 @@ class Batch:
 
     chunks: list[Chunk] = field(default_factory=list)
 
+    num_decodes: int = 0
+    """Sequences that advance by one token of their answers."""
+
     @property
     def sampling(self) -> list[Chunk]:
         return [chunk for chunk in self.chunks if chunk.samples]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks) - self.num_decodes
 
 
 class Scheduler:
@@ -73,8 +83,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
+        max_prefill_slowdown: float | None = None,
     ) -> None:
+        """
+        Args:
+            max_prefill_slowdown: see `EngineOptions`.
+        """
         self.pool = pool
+        self.prefill_budget = PrefillBudget(max_prefill_slowdown)
         self.max_num_seqs = max_num_seqs
         # Every running decode must fit into a step.
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
@@ -99,6 +115,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+        self.prefill_budget.arrive()
 
     def find(self, request_id: str) -> Sequence | None:
         for seq in (*self.running, *self.waiting):
@@ -135,6 +152,9 @@ class Scheduler:
                 batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + 1))
                 budget -= 1
         scheduled = {id(chunk.seq) for chunk in batch.chunks}
+        batch.num_decodes = len(batch.chunks)
+        if batch.chunks and (most := self.prefill_budget.tokens()) is not None:
+            budget = min(budget, most)
         for seq in self.running:
             if id(seq) not in scheduled and budget > 0:
                 budget -= self._schedule_prompt(seq, budget, batch)
@@ -228,7 +248,7 @@ class Scheduler:
         if not self.pool.can_allocate(num_new, matched):
             return False
         self.pool.take(matched)
-        seq.block_table = matched + self.pool.allocate(num_new)
+        seq.block_table = array("q", matched + self.pool.allocate(num_new))
         seq.num_known_blocks = len(matched)
         seq.num_computed = len(matched) * self.pool.block_size
         if seq.started_at is None:
@@ -248,7 +268,7 @@ class Scheduler:
         """
         while self.pool.blocks_for(len(seq.token_ids)) > len(seq.block_table):
             if self.pool.can_allocate(1):
-                seq.block_table += self.pool.allocate(1)
+                seq.block_table.extend(self.pool.allocate(1))
             else:
                 victim = self.running[-1]
                 self._preempt(victim)

@@ -39,7 +39,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached = 0
         """Prompt tokens that the prefix cache held when the request was first admitted."""
-        self.block_table: list[int] = []
+        self.block_table = array("q")  # its bytes become a tensor's as they are
         self.num_known_blocks = 0
         self.prefix = Prefix(block_size, request.images)
         self.text = OutputText(tokenizer, request.params.stop, request.params.min_tokens)
@@ -87,5 +87,5 @@ class Sequence:
         """Back to nothing computed: its blocks have been given back."""
         self.num_computed = 0
         self.num_known_blocks = 0
-        self.block_table = []
+        self.block_table = array("q")
         self.image_embeddings.clear()

@@ -80,9 +80,11 @@ class AttentionBatch:
         all_positions = torch.cat(positions)
 
         width = max((-(-span.end // size) for span in decodes), default=0)
-        used = [span.block_table[: -(-span.end // size)] for span in decodes]
-        padded = [[*table, *[0] * (width - len(table))] for table in used]
-        tables = torch.tensor(padded, dtype=torch.long).view(num_decodes, width)
+        tables = torch.zeros((num_decodes, width), dtype=torch.long)
+        rows = tables.numpy()
+        for row, span in enumerate(decodes):
+            used = -(-span.end // size)
+            rows[row, :used] = span.block_table[:used]
         mask = torch.arange(width * size) < ends.unsqueeze(1)
 
         prompts, row = [], num_decodes
@@ -167,7 +169,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def _decode(q: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, out: Tensor) -> None:
     """One query of each sequence, (sequences, heads, head_dim)."""
-    library = _kernels_for(cache)
+    library = _kernels_for(cache.shape, q.device)
     if library is not None:
         library.paged_attention(
             q, cache.keys[layer], cache.values[layer], batch.decode_tables,
@@ -181,10 +183,9 @@ def _decode(q: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, out: T
         out.copy_(_sdpa(q.unsqueeze(2), keys, values, batch.decode_mask).squeeze(2))
 
 
-def _kernels_for(cache: KVCache) -> Kernels | None:
-    shape = cache.shape
+def _kernels_for(shape: KVCacheShape, device: torch.device) -> Kernels | None:
     if (
-        cache.keys.device.type != "cpu"
+        device.type != "cpu"
         or shape.dtype != torch.bfloat16
         or shape.head_dim not in HEAD_DIMS
         or shape.block_size % BLOCK_MULTIPLE

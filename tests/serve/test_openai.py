@@ -16,7 +16,7 @@ import openai
 import pytest
 import requests
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from models.demo import simple_scene
@@ -109,6 +109,8 @@ def test_asynchronously_many_at_once(demo: Worker) -> None:
 
 
 class Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     colour: Literal["red", "purple", "blue"]
     shape: Literal["ring", "star"]
 

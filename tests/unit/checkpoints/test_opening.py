@@ -79,6 +79,28 @@ def test_vila_of_nvilas_era_goes_row_by_row(vila: Path, key: dict[str, object]) 
     assert open_checkpoint(vila).spec.projector.token_order == "row"
 
 
+RELEASED_KEYS: dict[str, dict[str, object]] = {
+    "VILA1.5-3b": {
+        "drop_path_rate": 0.0, "interpolate_mode": "linear", "model_dtype": "torch.bfloat16",
+        "num_video_frames": 8, "s2": False, "s2_max_split_size": 336, "s2_scales": "336,672,1008",
+        "tune_language_model": True, "vision_resolution": -1,
+    },
+    "NVILA-8B": {
+        "drop_path_rate": 0.0, "dynamic_s2": True, "fps": 0.0, "interpolate_mode": "linear",
+        "num_time_tokens": 0, "num_video_frames": 8, "s2": False, "s2_max_split_size": 448,
+        "s2_resize_output_to_scale_idx": -1, "soft_ce_std": 1.0, "time_token_ids": [],
+    },
+}  # fmt: skip
+"""Of config.json, as TensorRT-LLM's tests of modeling_vila quote the two; both name the projector
+`mlp_downsample`, which alone does not tell their orders apart."""
+
+
+@pytest.mark.parametrize(("name", "order"), [("VILA1.5-3b", "column"), ("NVILA-8B", "row")])
+def test_the_eras_of_released_configs_are_told_apart(name: str, order: str, vila: Path) -> None:
+    rewrite_json(vila / "config.json", **RELEASED_KEYS[name])
+    assert open_checkpoint(vila).spec.projector.token_order == order
+
+
 @pytest.mark.parametrize("kind", ["mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"])
 def test_nvila_with_one_tile_for_each_picture(vila: Path, kind: str) -> None:
     """Told by its projector, or by the keys of its time. Qwen2 lies in `llm/` as in VILA's."""

@@ -182,6 +182,19 @@ def test_tensors_are_copied_piece_by_piece_into_any_dtype(
 
 
 @pytest.mark.parametrize("kind", ["zip", "before torch 1.6"])
+def test_tensors_that_were_saved_from_a_gpu_are_read_without_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = torch.arange(12.0).view(3, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        path = write(kind, {"a": value}, tmp_path)
+    assert b"cuda:1" in path.read_bytes()
+    read = open_tensor_file(path, "x").read("a")
+    assert read.device.type == "cpu" and torch.equal(read, value)
+
+
+@pytest.mark.parametrize("kind", ["zip", "before torch 1.6"])
 def test_views_are_stored_as_they_are_and_read_in_their_own_order(
     kind: str, tmp_path: Path
 ) -> None:

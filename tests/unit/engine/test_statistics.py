@@ -16,7 +16,7 @@ from models.engine.core import EngineCore
 from models.engine.messages import FinishedRequest, GenerationDelta, GenerationRequest, Timing
 from models.engine.token_gaps import BOUNDS_S, TokenGaps
 from models.errors import RequestTimeout
-from tests.synthetic import write_tiny_llava
+from tests.tiny import write_tiny_llava
 from tests.unit.engine.harness import BLOCK, Picture, build_core, request, run_all
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
