@@ -1,6 +1,6 @@
 """How often an answer in bf16 differs in company from the same answer alone.
 
-python -m benchmarks.bf16_divergence [--questions 64] [--record bf16_divergence]
+    python -m benchmarks.bf16_divergence [--questions 64] [--record bf16_divergence]
 
 In fp32, on the reference backend, an answer is the same in any company, and the tests hold it to
 that; that row is printed here as a control. In bf16 a product of several rows is rounded otherwise
@@ -17,14 +17,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL.Image import Image
 
 from benchmarks.report import write_figures
-from models import Engine, SamplingParams, load_engine
+from models import SamplingParams
+from models.command_line import HelpFormatter
 from models.demo import DEMO_CHECKPOINT
 from models.demo.held_out import held_out
+
+if TYPE_CHECKING:
+    from models import Engine
 
 Precision = Literal["W4A16", "W16A16"]
 Question = tuple[str, Sequence[Image]]
@@ -95,6 +99,8 @@ def ask(
     model: Path, precision: Precision, dtype: str, questions: Sequence[Question], seqs: int
 ) -> dict[str, list[Answer]]:
     """All answers, by their length, of an engine that runs `seqs` requests at a time."""
+    from models import load_engine
+
     # Without the prefix cache, so that every answer is computed in full.
     with load_engine(
         model, precision=precision, device="cpu", dtype=dtype, max_num_seqs=seqs,
@@ -118,14 +124,25 @@ async def _ask(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bf16_divergence", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.bf16_divergence",
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--model-path", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--questions", type=int, default=128, help="default: %(default)s")
     parser.add_argument(
-        "--streams", type=int, nargs="+", default=[4, 16], help="at a time; default: %(default)s"
+        "--model-path",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        help="a checkpoint's folder; default: the demo's",
     )
-    parser.add_argument("--record", default=None, help="its name in benchmarks/records/")
+    parser.add_argument("--questions", type=int, default=128, help="how many are asked")
+    parser.add_argument(
+        "--streams",
+        type=int,
+        nargs="+",
+        default=[4, 16],
+        help="numbers of questions that are asked at a time",
+    )
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
     questions: list[Question] = [
         (item.prompt, [] if item.image is None else [item.image])

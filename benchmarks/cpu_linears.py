@@ -1,6 +1,6 @@
 """The 4-bit linears of a CPU, by the number of rows: torch's int4 product against bfloat16.
 
-python -m benchmarks.cpu_linears [--threads N] [--record NAME]
+    python -m benchmarks.cpu_linears [--threads N] [--record NAME]
 
 Shapes are the fused layers of the demo model, of a 1B and of a 7B Llama. Times are minima over
 repeats; both products take turns. It says where `cpu_int4_bf16` should change from one to the
@@ -15,15 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
 from benchmarks.report import write_figures
-from models.awq import quantize_rtn
-from models.awq.backends.base import Shape
-from models.awq.backends.cpu_int4 import CpuInt4
-from models.awq.backends.cpu_int4_bf16 import MANY_ROWS
+from models.command_line import HelpFormatter
 
 SHAPES = {
     "demo qkv": (768, 256), "demo gate-up": (1024, 256), "demo down": (256, 512),
@@ -32,7 +25,8 @@ SHAPES = {
     "7B down": (4096, 11008),
 }  # fmt: skip
 """(N, K)."""
-ROWS = (1, 2, 4, 8, MANY_ROWS, 16, 32, 64, 128, 512)
+ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 512)
+"""12 is where `cpu_int4_bf16` changes from one to the other."""
 GROUP = 128
 SECONDS = 0.3
 """Of repeats, for each product of each shape and number of rows."""
@@ -50,6 +44,13 @@ class Timing:
 
 
 def measure(layer: str, n: int, k: int) -> list[Timing]:
+    import torch
+    import torch.nn.functional as F
+
+    from models.awq import quantize_rtn
+    from models.awq.backends.base import Shape
+    from models.awq.backends.cpu_int4 import CpuInt4
+
     weight = quantize_rtn(torch.randn(n, k) / k**0.5, GROUP)
     shape, backend = Shape.of(weight), CpuInt4()
     packed = backend.pack(weight, torch.device("cpu"), torch.bfloat16)
@@ -82,21 +83,29 @@ def in_turns(*products: Callable[[], object]) -> list[float]:
 
 def read_speed() -> float:
     """GB/s: the sum over a gigabyte of 64-bit integers, the best of several."""
+    import torch
+
     data = torch.ones(1 << 27, dtype=torch.int64)
     (seconds,) = in_turns(data.sum)
     return data.nbytes / seconds / 1e9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linears")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_linears", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; default: as many as torch takes")
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    import torch
+    from tqdm import tqdm
+
+    threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     limit = read_speed()
     timings = [t for layer, (n, k) in tqdm(SHAPES.items(), "layers") for t in measure(layer, n, k)]
-    print(f"{options.threads} thread(s); the memory is read at {limit:.1f} GB/s\n")
+    print(f"{threads} thread(s); the memory is read at {limit:.1f} GB/s\n")
     print("bf16's time over int4's: above 1 the 4-bit product is faster\n")
     print("| layer | " + " | ".join(f"{rows}" for rows in ROWS) + " | one row, share of limit |")
     print("|---|" + "---:|" * (len(ROWS) + 1))
@@ -106,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"| {layer} | {ratios} | {own[0].int4_gb_per_s / limit:.0%} |")
     if options.record:
         write_figures(
-            options.record, threads=options.threads, group=GROUP, read_gb_per_s=limit,
+            options.record, threads=threads, group=GROUP, read_gb_per_s=limit,
             timings=[asdict(timing) for timing in timings],
         )  # fmt: skip
     return 0

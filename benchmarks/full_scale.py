@@ -18,14 +18,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 
 from benchmarks.machine import busy_cpus
 from benchmarks.report import write_figures
-from models import Engine, SamplingParams, load_engine
-from models.language.kv_cache import KVCacheShape
+from models import SamplingParams
+from models.command_line import HelpFormatter
+
+if TYPE_CHECKING:
+    from models import Engine
 
 TOKENS = 32
 STREAMS = (1, 4)
@@ -53,6 +56,8 @@ class Figures:
 
 
 def measure(folder: Path, bf16_copy: bool) -> Figures:
+    from models import load_engine
+
     before = time.monotonic()
     base = _peak_gb()
     with load_engine(
@@ -71,6 +76,8 @@ def measure(folder: Path, bf16_copy: bool) -> Figures:
 
 async def _ask(engine: Engine, streams: int) -> tuple[list[float], float]:
     """(seconds to each first token, tokens per second of all streams after the last of them)."""
+    import torch
+
     params = SamplingParams(temperature=0, max_new_tokens=TOKENS, ignore_eos=True)
     arrivals: list[list[float]] = []
 
@@ -97,6 +104,10 @@ def _peak_gb() -> float:
 
 
 def _kv_cache_gb(engine: Engine) -> float:
+    import torch
+
+    from models.language.kv_cache import KVCacheShape
+
     stats = engine.stats()
     shape = KVCacheShape.of(engine.spec.language, stats.block_size, torch.bfloat16)
     return stats.blocks_total * shape.bytes_per_block / 1e9
@@ -108,9 +119,11 @@ def _weights_gb(folder: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_scale")
-    parser.add_argument("folder", type=Path, help="a checkpoint")
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.full_scale", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a checkpoint, with 4-bit weights")
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
     busy = busy_cpus()
     results = []

@@ -9,9 +9,11 @@ from typing import Any
 from benchmarks.comparison import Results
 
 ENGINE, TRANSFORMERS, BATCHED = "engine", "transformers", "transformers, batched"
-HTTP = {"launcher": "HTTP, launcher", "serve run": "HTTP, serve run"}
+HTTP = {
+    "launcher": "HTTP, launcher", "serve run": "HTTP, serve run", "make serve": "HTTP, make serve",
+}  # fmt: skip
 MANY = 8
-MEMORY_GB = {"launcher": 2.5, "serve run": 3.5}
+MEMORY_GB = {"launcher": 2.5, "serve run": 3.5, "make serve": 3.5}
 
 
 @dataclass(frozen=True)

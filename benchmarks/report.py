@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,39 @@ def write_figures(name: str, **figures: Any) -> None:
     print(f"\n{path}")
 
 
-def plot(results: Results, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def plot_lines(
+    name: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[tuple[float, float]]],
+    *, log: bool = True,
+) -> None:  # fmt: skip
+    """`benchmarks/records/<name>.png`, where matplotlib is installed.
 
+    Args:
+        lines: points (x, y) by the line's name.
+        log: both axes are logarithmic.
+    """
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, points in lines.items():
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+    if log:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(visible=True, which="both", alpha=0.3)
+    axis.legend()
+    path = RECORDS / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Speed, first token and time per token over the numbers of streams."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     titles = ("tokens per second", "first token, ms", "time per token, ms")
     for axis, (name, factor), title in zip(axes, list(COLUMNS.items())[:3], titles, strict=True):
@@ -75,3 +99,15 @@ def plot(results: Results, path: Path) -> None:
     axes[0].legend()
     figure.savefig(path, dpi=110)
     print(path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

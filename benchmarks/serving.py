@@ -1,6 +1,9 @@
 """A worker over HTTP against the bare engine, and against transformers' `generate`.
 
-python -m benchmarks.serving [--way launcher|"serve run"] [--transformers] [--record NAME]
+    python -m benchmarks.serving --streams 1 8 --repeats 3
+
+Starts the worker by itself, on a free port, asks all of them in turn, and prints a table and the
+goals; the status is 1 if one of them is missed. The defaults take some ten minutes.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ async def measure(way: Way, model_path: str, others: Sequence[Arm], plan: Plan) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser("python -m benchmarks.serving", __doc__.split("\n")[0])
+    parser = build_parser("python -m benchmarks.serving", __doc__)
     parser.add_argument(
         "--way", choices=list(HTTP), default="launcher", help="how the worker is started"
     )

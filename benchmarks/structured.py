@@ -1,6 +1,6 @@
 """What it costs to answer in a form that is given (structured output).
 
-python -m benchmarks.structured [--streams 8] [--record structured]
+    python -m benchmarks.structured [--streams 8] [--record structured]
 
 The engine alone, in this process, answers the same questions with and without a guide, in turns,
 each answer of so many tokens; the ratio is the median of those within a repeat.
@@ -16,10 +16,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from benchmarks.report import write_figures
-from models import Engine, Guide, SamplingParams, load_engine
+from models import Guide, SamplingParams
+from models.command_line import HelpFormatter
 from models.demo import DEMO_CHECKPOINT
+
+if TYPE_CHECKING:
+    from models import Engine
 
 GOAL = 0.9
 """Of the tokens per second without a guide."""
@@ -65,7 +72,7 @@ async def measure(
     for guide in GUIDES.values():  # compiles it, once
         await tokens_per_second(engine, guide, streams, num_tokens)
     names = list(GUIDES)
-    for repeat in range(repeats):
+    for repeat in tqdm(range(repeats), unit="repeat"):
         at = repeat % len(names)
         for name in names[at:] + names[:at]:
             found[name].append(await tokens_per_second(engine, GUIDES[name], streams, num_tokens))
@@ -74,14 +81,23 @@ async def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.structured", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.structured", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--model-path", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--streams", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=128, help="of every answer")
-    parser.add_argument("--repeats", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--record", default=None, help="its name in benchmarks/records/")
+    parser.add_argument(
+        "--model-path",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        help="a checkpoint's folder; default: the demo's",
+    )
+    parser.add_argument("--streams", type=int, default=8, help="questions that are asked at a time")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of every answer")
+    parser.add_argument(
+        "--repeats", type=int, default=9, help="rounds of everything; ratios are medians over them"
+    )
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
+    from models import load_engine
+
     with load_engine(options.model_path, max_num_seqs=options.streams) as engine:
         found = asyncio.run(measure(engine, options.streams, options.tokens, options.repeats))
     ratios = {

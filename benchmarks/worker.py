@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.1
 
-Way = Literal["launcher", "serve run"]
+Way = Literal["launcher", "serve run", "make serve"]
 
 
 class Worker:
@@ -39,7 +40,8 @@ class Worker:
     def __init__(self, way: Way, model_path: str, max_num_seqs: int) -> None:
         """
         Args:
-            way: "launcher" is `python -m deployments`, with TinyChat's flags.
+            way: "launcher" is `python -m deployments`, with TinyChat's flags; "serve run" has Ray's
+                own proxy, "make serve" the ingress that is chosen for it.
         """
         self.way = way
         self.port = _free_port()
@@ -109,7 +111,11 @@ class Worker:
         }  # fmt: skip
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        return [str(Path(sys.executable).with_name("serve")), "run", str(path)]
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]
+        if self.way == "serve run":
+            return command
+        choose = f'eval "$({shlex.quote(sys.executable)} -m deployments.ingress)"'
+        return ["sh", "-c", f"{choose}; exec {shlex.join(command)}"]
 
     def _environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}

@@ -7,6 +7,9 @@ what is deployed
     cluster.py            which processors the cluster's nodes have
     model_source.py       `model_path` -> a folder, or a Hub id
     launcher.py           `python -m deployments`: TinyChat's flags, and a drain at the end
+    ingress.py            HAProxy in front of the replicas, where it is there
+    preflight.py          what can be told to be wrong before Ray starts
+    configuration_reference.py  AppConfig -> docs/configuration.md
     client.py             `python -m deployments.client`: ask from the terminal
 
 a replica
@@ -20,9 +23,17 @@ a replica
     pacing.py             the engine's deltas -> at most so many updates a second
     records.py            the protocol's records, and errors as records
     load_reporter.py      tells the link how much this replica holds
+    start_up.py           what it says once it is ready
+
+what can be seen of it
+    metrics.py            the engine's figures as Ray metrics, under vLLM's names
+    request_log.py        what there is to know about one request
+    access_log.py         a JSON line for each request
+    error_types.py        kinds of errors, by name
 
 its HTTP
     http_app.py           the FastAPI application of a worker
+    logged_app.py         requests' ids and the log, around all of it
     worker_api.py         the /worker_* routes of LLaVA and TinyChat
     fastchat_api.py       the routes that FastChat's workers have besides
     body.py               a request's body, within limits

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from deployments.launcher import main
+from deployments.ingress import prefer_haproxy
 
-sys.exit(main())
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    prefer_haproxy()  # before Ray Serve is imported
+    from deployments.launcher import main as launch
+
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -47,6 +47,7 @@ def build(args: AppConfig) -> serve.Application:
         name=LINK_NAME,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},  # a line a second for each replica
         max_ongoing_requests=LINK_MAX_ONGOING,
         graceful_shutdown_timeout_s=LINK_SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,

@@ -16,11 +16,23 @@ from pathlib import Path
 
 import requests
 
+from models.command_line import HelpFormatter
 from models.prompts import Message, get_template, written_templates
 
 IMAGE_PLACEHOLDER = "<image>"
 TIMEOUT_S = (5, 60)
 """To connect; between two records. A worker sends a sign of life every few seconds."""
+CONTROLLER_CODES = {
+    2: "; the controller knows no worker of the model {model!r}: give its registered --model",
+    3: "; the controller cannot reach the worker of {model!r}",
+}
+"""What a controller's records mean, which all have the same text."""
+EXAMPLES = """\
+examples:
+  python -m deployments.client docs/shapes.png "What is in this image?"
+  python -m deployments.client photo.jpg "Describe it." --url http://192.0.2.10:40000 \\
+      --template llama_3 --temperature 0
+"""
 
 
 class WorkerError(Exception):
@@ -41,7 +53,7 @@ def ask(
     """Yields the answer's pieces as they come.
 
     Args:
-        url: the worker's address, "http://localhost:21002".
+        url: the worker's address, "http://localhost:21002"; http:// may be left out.
         prompt: with one `<image>` for each picture.
         images: the pictures' files as they are.
         model: its name; only a controller in between needs it.
@@ -60,42 +72,72 @@ def ask(
         "stop": list(stop),
     }
     shown = len(prompt)
+    url = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         with requests.post(
-            f"{url.rstrip('/')}/worker_generate_stream", json=body, stream=True, timeout=TIMEOUT_S
+            f"{url}/worker_generate_stream", json=body, stream=True, timeout=TIMEOUT_S
         ) as response:
             if response.status_code != requests.codes.ok:
-                raise WorkerError(f"{url} answered {response.status_code}: {response.text[:200]}")
+                raise WorkerError(_refusal(url, response))
             for chunk in response.iter_lines(decode_unicode=False, delimiter=b"\0"):
                 if not chunk:
                     continue
                 record = json.loads(chunk.decode())
-                if record["error_code"] != 0:
-                    raise WorkerError(f"{record['text']} (error_code: {record['error_code']})")
+                if (code := record["error_code"]) != 0:
+                    hint = CONTROLLER_CODES.get(code, "").format(model=model)
+                    raise WorkerError(f"{record['text']} (error_code: {code}){hint}")
                 if len(record["text"]) > shown:
                     yield record["text"][shown:]
                     shown = len(record["text"])
+    except requests.ConnectionError as error:
+        raise WorkerError(f"nothing answers at {url}; is the worker running there?") from error
     except requests.RequestException as error:
         raise WorkerError(f"no answer from {url}: {type(error).__name__}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _refusal(url: str, response: requests.Response) -> str:
+    text = f"{url} answered {response.status_code}: {response.text[:200]}"
+    if response.status_code == requests.codes.not_found:
+        text += f"; is {url} a worker's or controller's address, without a path?"
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m deployments.client", description="Ask a worker about a picture."
+        prog="python -m deployments.client",
+        description="Ask a running worker about a picture, and print the answer as it comes.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("image", type=Path, help="a PNG, JPEG, WebP, ... file")
-    parser.add_argument("question", help="what to ask about it")
-    parser.add_argument("--url", default="http://localhost:21002", help="default: %(default)s")
-    parser.add_argument("--model", default="", help="its name, where the address is a controller's")
-    parser.add_argument("--temperature", type=float, default=0.2, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("image", type=Path, help="a PNG, JPEG, WebP, GIF, BMP or TIFF file")
+    parser.add_argument(
+        "question",
+        help="what to ask; the picture stands before it, or where it says <image>",
+    )
+    parser.add_argument(
+        "--url", default="http://localhost:21002", help="the worker's address, or a controller's"
+    )
+    parser.add_argument(
+        "--model", default="", help="its registered name, which only a controller needs"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.2, help="0 always takes the likeliest token"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens"
+    )
     parser.add_argument(
         "--template",
         choices=written_templates(),
         default="vicuna_v1",
-        help="the conversation format that the model was trained with; default: %(default)s",
+        help="the conversation format that the model was trained with, as `python -m "
+        "models.checkpoints inspect` names it",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     try:
         picture = options.image.read_bytes()
     except OSError as error:

@@ -39,7 +39,7 @@ class AppConfig(BaseModel):
     )
     quant_path: str | None = Field(
         None,
-        description="The AWQ weights, a file or a folder, where they are not inside `model_path`.",
+        description="The AWQ weights, a file or a folder; default: found inside `model_path`.",
     )
     precision: Literal["W4A16", "W16A16"] = Field(
         "W4A16", description="W4A16 reads AWQ 4-bit weights, W16A16 the 16-bit ones."
@@ -57,14 +57,14 @@ class AppConfig(BaseModel):
     )
     conv_mode: str | None = Field(
         None,
-        description="The conversation template (LLaVA's word), where the one that the model's name "
-        "suggests is wrong: its tokens end answers, and FastChat's front ends ask for it. "
-        "tokenizer is the chat template in the checkpoint.",
+        description="The conversation template (LLaVA's word): it writes the prompts of /v1, its "
+        "tokens end answers, and FastChat's front ends ask for it. `tokenizer` is the chat "
+        "template in the checkpoint. Default: the one that the model's name suggests.",
     )
     token_order: Literal["row", "column"] | None = Field(
         None,
-        description="In which order mlp_downsample emits its tokens, where the one of the "
-        "checkpoint's era is wrong: column for VILA-1.5, row for NVILA.",
+        description="In which order mlp_downsample emits its tokens; default: as in the "
+        "checkpoint's era, column for VILA-1.5, row for NVILA.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
@@ -98,7 +98,9 @@ class AppConfig(BaseModel):
         description="How many requests run at a time; default: 64 on a GPU, 8 on a CPU.",
     )
     limit_model_concurrency: int | None = Field(
-        None, ge=1, description="TinyChat's name for `max_num_seqs` (its own default is 5)."
+        None,
+        ge=1,
+        description="TinyChat's name for `max_num_seqs`; default: not set (TinyChat's is 5).",
     )
     max_num_batched_tokens: int | None = Field(
         None,
@@ -120,8 +122,9 @@ class AppConfig(BaseModel):
     )
     bf16_copy: bool | None = Field(
         None,
-        description="On a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are "
-        "computed up to 2.5 times as fast. Default: where a quarter of the free memory holds it.",
+        description="On a CPU without AVX-512's bf16 instructions, or without a C++ compiler: keep "
+        "a 16-bit copy of 4-bit weights besides, with which prompts are computed up to 2.5 times "
+        "as fast. Default: where a quarter of the free memory holds it.",
     )
     image_cache_bytes: int = Field(
         256 << 20, ge=0, description="Bytes of picture embeddings that are kept for reuse."
@@ -185,6 +188,16 @@ class AppConfig(BaseModel):
         30.0,
         gt=0,
         description="Most records a second in a stream; tokens that come faster share a record.",
+    )
+
+    # ---- the log ------------------------------------------------------------------------------
+    access_log: Literal["file", "console", "off"] = Field(
+        "file",
+        description="Where each request's JSON line goes: to a file of each replica beside Ray "
+        "Serve's logs, to the console of `serve run`, or nowhere.",
+    )
+    log_content: bool = Field(
+        False, description="Put prompts and answers, never pictures, into the access log."
     )
 
     # ---- the controller (TinyChat's words) ----------------------------------------------------

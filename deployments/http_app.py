@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from deployments.fastchat_api import fastchat_routes
+from deployments.logged_app import LoggedApp
 from deployments.model_worker import ModelWorker
 from deployments.openai.api import openai_routes
 from deployments.playground import accepts_html, index_page, playground_routes
@@ -18,8 +19,12 @@ from deployments.worker_api import worker_routes
 from models.errors import EngineDead
 
 
-def build_http_app(worker: ModelWorker) -> FastAPI:
-    """The routes of `worker`; when the application shuts down, so does the worker."""
+def build_http_app(worker: ModelWorker, *, sends_request_id: bool = True) -> FastAPI:
+    """The routes of `worker`; when the application shuts down, so does the worker.
+
+    Args:
+        sends_request_id: as `x-request-id` in every response; Ray Serve's proxy does it itself.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,6 +80,7 @@ def build_http_app(worker: ModelWorker) -> FastAPI:
             return JSONResponse({"status": "dead", "reason": str(error)}, status_code=503)
         return JSONResponse({"status": "ok"})
 
+    app.add_middleware(LoggedApp, requests=worker.requests, sends_request_id=sends_request_id)
     app.include_router(worker_routes(worker))
     app.include_router(fastchat_routes(worker))
     app.include_router(openai_routes(worker))

@@ -32,6 +32,8 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 WEB_URL = re.compile(r"\s*https?:", re.IGNORECASE)
 PREFIX_CHARS = 32
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+"""All that is assigned. `is_global` also holds outside of it, for site-local addresses for one."""
 
 Address: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
 
@@ -264,6 +266,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             ip = inner
+        elif ip not in GLOBAL_IPV6:
+            return False
     return ip.is_global and not ip.is_multicast
 
 

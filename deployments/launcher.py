@@ -23,7 +23,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import GRACEFUL_SHUTDOWN_TIMEOUT_S, build
+from deployments.cluster import Cluster
 from deployments.config import AppConfig
+from deployments.plan import make_plan
+from deployments.preflight import is_taken, validation_problems
+from models.command_line import HelpFormatter
 from models.errors import TinyChatError
 
 logger = logging.getLogger("ray.serve")
@@ -34,36 +38,96 @@ OBJECT_STORE_BYTES = 100 << 20
 POLL_S = 0.2
 CONTROL_CALL_TIMEOUT_S = 10.0
 
+DESCRIPTION = """\
+Serve one LLaVA or VILA model on this machine, with the flags of TinyChat's model_worker_new:
+TinyChat's worker protocol, OpenAI's API under /v1, and a page to try it at /. Starts a Ray of its
+own (or uses the cluster that RAY_ADDRESS names). SIGTERM or Ctrl-C lets running answers finish; a
+second one does not wait for them."""
+EXAMPLES = """\
+examples:
+  # the demo model, without a controller, on http://localhost:21002
+  python -m deployments --model-path models/demo/checkpoint/llava-demo --no-register
+  # as TinyChat's documentation has it; flags may be abbreviated
+  python -m deployments --host 0.0.0.0 --port 40000 --controller http://localhost:10000 \\
+      --worker http://localhost:40000 --model-path /data/VILA1.5-3b-AWQ
+
+Every other setting has its default (docs/configuration.md); to change one, use `serve run` with
+serve_config.yaml, which also has replicas and autoscaling."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """TinyChat's worker flags. They may be abbreviated (`--controller`, `--worker`, `--quant`), as
     its documentation does, so no flag may be added here that begins like another."""
     parser = argparse.ArgumentParser(
         prog="python -m deployments",
-        description="Serve one LLaVA or VILA model behind TinyChat's worker protocol.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--host", default="localhost", help="to listen on")
-    parser.add_argument("--port", type=int, default=21002, help="to listen on")
+    parser.add_argument(
+        "--host", default="localhost", help="address to listen on; 0.0.0.0: from other machines too"
+    )
+    parser.add_argument("--port", type=int, default=21002, help="TCP port to listen on")
     parser.add_argument(
         "--worker-address",
         default="http://localhost:21002",
+        metavar="URL",
         help="where the controller's clients reach this worker",
     )
-    parser.add_argument("--controller-address", default="http://localhost:21001", help=" ")
-    parser.add_argument("--model-type", default="LLaMa", help="LLaMa; read from the checkpoint")
-    parser.add_argument("--model-path", required=True, help="the checkpoint's folder, or a Hub id")
-    parser.add_argument("--model-name", default=None, help="to register; default: from the path")
-    parser.add_argument("--quant-path", default=None, help="AWQ weights outside of the checkpoint")
-    parser.add_argument("--precision", default="W4A16", choices=("W4A16", "W16A16"), help=" ")
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--multi-modal", action="store_true", help="always so; taken and ignored")
     parser.add_argument(
-        "--limit-model-concurrency", type=int, default=5, help="requests that run at a time"
+        "--controller-address",
+        default="http://localhost:21001",
+        metavar="URL",
+        help="the LLaVA, TinyChat or FastChat controller to register with",
     )
-    parser.add_argument("--stream-interval", type=int, default=1, help="taken and ignored")
+    parser.add_argument(
+        "--model-type",
+        default="LLaMa",
+        help="TinyChat's; only LLaMa is accepted, the architecture is read from the checkpoint",
+    )
+    parser.add_argument(
+        "--model-path", required=True, help="the checkpoint: a folder, or a Hugging Face Hub id"
+    )
+    parser.add_argument(
+        "--model-name",
+        help="name to register, to which W4A16 appends -4bit-AWQ; default: the last part of "
+        "--model-path",
+    )
+    parser.add_argument(
+        "--quant-path",
+        help="the AWQ weights, a file or a folder; default: found inside --model-path",
+    )
+    parser.add_argument(
+        "--precision",
+        default="W4A16",
+        choices=("W4A16", "W16A16"),
+        help="W4A16 reads AWQ 4-bit weights, W16A16 the 16-bit ones",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU where there is one), cuda or cpu"
+    )
+    parser.add_argument(
+        "--multi-modal", action="store_true", help="TinyChat's; taken and ignored: always so"
+    )
+    parser.add_argument(
+        "--limit-model-concurrency",
+        type=int,
+        default=5,
+        metavar="N",
+        help="requests that run at a time; 64 more may wait",
+    )
+    parser.add_argument(
+        "--stream-interval", type=int, default=1, metavar="N", help="TinyChat's; taken and ignored"
+    )
     parser.add_argument(
         "--no-register", action="store_true", help="serve without telling any controller"
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        default=None,
+        metavar="PORT",
+        help="of Ray's metrics exporter; default: a free one",
     )
     return parser
 
@@ -92,11 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = app_config(options)
     except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            print(f"{where}: {problem['msg']}" if where else problem["msg"], file=sys.stderr)
+        for problem in validation_problems(error):
+            print(problem, file=sys.stderr)
         return 2
-    start_ray()
+    if "RAY_ADDRESS" not in os.environ and (reason := problem_here(config, options)):
+        print(reason, file=sys.stderr)
+        return 1
+    start_ray(options.metrics_port)
     stop = StopSignal()  # after Ray, which has a handler of its own
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
@@ -136,7 +202,21 @@ class StopSignal:
         self._event.set()
 
 
-def start_ray() -> None:
+def problem_here(config: AppConfig, options: argparse.Namespace) -> str | None:
+    """What would go wrong on this machine. Once Ray has started, its lines would hide it."""
+    if is_taken(options.host, options.port):
+        return (
+            f"port {options.port} is taken: is another worker running on {options.host}? Stop it, "
+            "or give another --port (and --worker-address)"
+        )
+    try:
+        make_plan(config, Cluster.look())
+    except TinyChatError as error:
+        return str(error)
+    return None
+
+
+def start_ray(metrics_port: int | None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, namespace="serve")
@@ -146,6 +226,7 @@ def start_ray() -> None:
         namespace="serve",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
+        _metrics_export_port=metrics_port,
     )
 
 

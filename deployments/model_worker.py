@@ -24,6 +24,7 @@ from deployments.media import ImageLimits, decode_images
 from deployments.openai.service import OpenAIService
 from deployments.pacing import paced
 from deployments.records import error_record, frame, text_record
+from deployments.request_log import RequestLog, current_entry
 from deployments.worker_request import IMAGE_PLACEHOLDER, RequestLimits, WorkerRequest
 from models import GenerationDelta, Usage
 from models.errors import EngineFault
@@ -50,6 +51,8 @@ class ModelWorker:
         self.model_name = model_name
         self.engine = engine
         self.door = door
+        self.requests = RequestLog(keeps_content=config.log_content)
+        """Of what comes over HTTP, and of a replica's calls through handles."""
         self._limits = RequestLimits(
             default_max_new_tokens=config.default_max_new_tokens,
             max_new_tokens_cap=config.max_new_tokens_cap,
@@ -241,13 +244,15 @@ class ModelWorker:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
 
     def _start(self, request: WorkerRequest) -> AsyncGenerator[GenerationDelta, None]:
-        return self.engine.stream(
+        deltas = self.engine.stream(
             request.model_prompt,
             partial(decode_images, request.images, self._image_limits),
             request.params,
             queue_timeout_s=self.config.queue_timeout_s,
             min_interval_s=1 / self.config.max_records_per_s,
         )
+        current_entry().add_prompt(request.prompt, len(request.images))
+        return current_entry().watched(deltas)
 
 
 async def _without_signs(

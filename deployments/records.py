@@ -14,28 +14,14 @@ import logging
 import uuid
 from typing import Any
 
+from deployments.error_types import INTERNAL, error_type
+from deployments.request_log import current_entry
 from models import Usage
-from models.errors import (
-    EngineDead,
-    EngineFault,
-    EngineOverloaded,
-    InvalidRequest,
-    RequestAborted,
-    RequestTimeout,
-    TinyChatError,
-)
+from models.errors import InvalidRequest
 
 logger = logging.getLogger("ray.serve")
 
 ERROR_CODE = 1
-ERROR_TYPES: dict[type[TinyChatError], str] = {
-    InvalidRequest: "invalid_request",
-    EngineOverloaded: "overloaded",
-    RequestTimeout: "timeout",
-    RequestAborted: "aborted",
-    EngineFault: "engine",
-    EngineDead: "engine_dead",
-}
 
 
 def text_record(text: str, usage: Usage, finish_reason: str | None = None) -> dict[str, Any]:
@@ -52,11 +38,12 @@ def text_record(text: str, usage: Usage, finish_reason: str | None = None) -> di
 
 
 def error_record(error: Exception) -> dict[str, Any]:
-    """What the client is told."""
-    kind = next((name for type_, name in ERROR_TYPES.items() if isinstance(error, type_)), None)
-    if kind is None:
+    """What the client is told. The request's log is told, too."""
+    current_entry().note_error(error)
+    kind = error_type(error)
+    if kind == INTERNAL:
         text = f"internal error: {log_unexpected(error)}"
-        return {"text": text, "error_code": ERROR_CODE, "error_type": "internal"}
+        return {"text": text, "error_code": ERROR_CODE, "error_type": kind}
     record = {"text": str(error), "error_code": ERROR_CODE, "error_type": kind}
     if isinstance(error, InvalidRequest):
         record["error_field"] = error.field

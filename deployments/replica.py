@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import _get_global_client, _get_serve_request_context
 from ray.serve.handle import DeploymentHandle
 
+from deployments.access_log import open_access_log
 from deployments.config import AppConfig
 from deployments.controller_link import ControllerLink
 from deployments.door import Door, shrink
 from deployments.http_app import build_http_app
 from deployments.load_board import ApplicationLoad
 from deployments.load_reporter import LoadReporter
+from deployments.metrics import ModelMetrics, keep_updated, ray_record
 from deployments.model_worker import ModelWorker
 from deployments.plan import Plan
+from deployments.start_up import start_up_lines
 
 if TYPE_CHECKING:
     from models import Engine
@@ -65,13 +71,62 @@ class ModelReplica(ModelWorker):
         if link is not None:
             self._reporter = LoadReporter(self._report, lambda: self.door.count)
             self.door.on_change = self._reporter.changed
-        described = ", ".join(f"{key} {value}" for key, value in engine.description().items())
-        logger.info("%s is ready: %s", plan.model_name, described)
+        # Only now: the first answer was nobody's request.
+        metrics = ModelMetrics(engine, partial(ray_record, model_name=plan.model_name))
+        self._metrics_task = asyncio.create_task(keep_updated(metrics))
+        write, access_log = open_access_log(config.access_log, plan.model_name)
+        self.requests.listeners += [metrics.note, write]
+        loop = asyncio.get_running_loop()
+        for line in start_up_lines(
+            plan.model_name,
+            engine.description(),
+            address=await loop.run_in_executor(None, served_at),
+            max_waiting=max_waiting,
+            access_log=access_log,
+            metrics=await loop.run_in_executor(None, metrics_at),
+        ):
+            logger.info(line)
+
+    # ---- what handles call, logged as HTTP's requests are ------------------------------------
+
+    async def generate_stream(self, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        answer = super().generate_stream(params)
+        del params  # megabytes of base64, not to be held until the answer's end
+        logged = self.requests.streamed("generate_stream", serve_request_id, answer)
+        async with aclosing(logged):
+            async for record in logged:
+                yield record
+
+    async def generate_stream_gate(self, params: Any) -> AsyncIterator[bytes]:
+        answer = super().generate_stream_gate(params)
+        del params
+        logged = self.requests.streamed("generate_stream_gate", serve_request_id, answer)
+        async with aclosing(logged):
+            async for part in logged:
+                yield part
+
+    async def generate(
+        self, params: dict[str, Any] | None = None, **more: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        answer = super().generate(params, **more)
+        del params, more
+        logged = self.requests.streamed("generate", serve_request_id, answer)
+        async with aclosing(logged):
+            async for piece in logged:
+                yield piece
+
+    async def chat(self, request: dict[str, Any]) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
+        answer = super().chat(request)
+        del request
+        return await self.requests.called("chat", serve_request_id, answer)
+
+    # ------------------------------------------------------------------------------------------
 
     def load(self) -> ApplicationLoad:
         return super().load() if self._reporter is None else self._reporter.load()
 
     async def close(self) -> None:
+        self._metrics_task.cancel()
         if self._reporter is not None and self._link is not None:
             await self._reporter.close()
             self._link.leave.remote(replica_id())
@@ -83,7 +138,7 @@ class ModelReplica(ModelWorker):
         return reply
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(self)
+        return build_http_app(self, sends_request_id=False)
 
 
 class LinkReplica(ControllerLink):
@@ -95,6 +150,35 @@ class LinkReplica(ControllerLink):
 
 def replica_id() -> str:
     return serve.get_replica_context().replica_tag
+
+
+def serve_request_id() -> str:
+    """Of the call through a handle that this task answers."""
+    return str(_get_serve_request_context().request_id)
+
+
+def served_at() -> str | None:
+    """The application's address on this node, where Ray Serve tells it."""
+    try:
+        client = _get_global_client()
+        if client is None:
+            return None
+        details = client.get_serve_details()
+        http = details["http_options"]
+        prefix = details["applications"][serve.get_replica_context().app_name]["route_prefix"]
+        return f"http://{http['host']}:{http['port']}{prefix}"
+    except Exception as error:  # no interface that Ray promises to keep
+        logger.debug("the application's address is not to be had: %s", type(error).__name__)
+        return None
+
+
+def metrics_at() -> str | None:
+    """Where Ray's exporter of this node serves its metrics."""
+    here = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == here and node["MetricsExportPort"] > 0:
+            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return None
 
 
 def live_max_ongoing_requests(default: int) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from models.engine.messages import TokenLogprobs as TokenLogprobs
     from models.engine.messages import Usage as Usage
     from models.engine.options import EngineOptions as EngineOptions
+    from models.engine.preparation import Prompt as Prompt
     from models.engine.sampling_params import SamplingParams as SamplingParams
     from models.loading import load_engine as load_engine
 
@@ -33,6 +34,7 @@ _HOME = {
     "EngineStats": "models.engine.messages",
     "GenerationDelta": "models.engine.messages",
     "Guide": "models.engine.guide",
+    "Prompt": "models.engine.preparation",
     "SamplingParams": "models.engine.sampling_params",
     "TokenLogprobs": "models.engine.messages",
     "Usage": "models.engine.messages",

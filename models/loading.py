@@ -178,7 +178,13 @@ def load_core(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
+        max_prefill_slowdown=options.max_prefill_slowdown,
     )
+    preprocessor = ImagePreprocessor(
+        spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
+    )
+    kv_tokens = sizes.num_blocks * shape.block_size
+    picture_bytes = preprocessor.min_tokens * spec.language.hidden_size * kind.itemsize
     description = {
         "model": spec.name,
         "layout": spec.layout,
@@ -188,18 +194,20 @@ def load_core(
         "backend": backend if precision == "W4A16" else "torch",
         "threads": str(threads),
         "context": f"{sizes.max_model_len} tokens",
-        "kv_cache": f"{sizes.num_blocks * shape.block_size} tokens, "
-        f"{sizes.num_blocks * shape.bytes_per_block / 2**20:.0f} MiB",
+        "kv_cache": f"{kv_tokens} tokens, "
+        f"{sizes.num_blocks * shape.bytes_per_block / 2**20:.0f} MiB, "
+        f"{kv_tokens / sizes.max_model_len:.1f} full contexts",
         "max_num_seqs": str(sizes.max_num_seqs),
+        "prefix_cache": "on" if options.enable_prefix_caching else "off",
+        "image_cache": f"{options.image_cache_bytes / 2**20:.0f} MiB, "
+        f"{options.image_cache_bytes // picture_bytes} pictures of one tile",
         "loaded_in": f"{time.monotonic() - started:.1f} s",
     }
     if target.type == "cpu":
         keep_freed_memory()  # after the weights, whose loading leaves gaps behind
     model = ServedModel(
         spec,
-        ImagePreprocessor(
-            spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
-        ),
+        preprocessor,
         core.max_model_len,
         core.scheduler.eos_token_ids,
         description,

@@ -218,13 +218,16 @@ def usage_of(usages: Sequence[Usage], n: int) -> dict[str, Any]:
         usages: of each choice; the first `n` belong to the first prompt, and so on.
         n: choices of each prompt, which counts once.
     """
-    prompt = sum(usage.prompt_tokens for usage in usages[::n])
+    # Choices that have said nothing yet know of no prompt.
+    prompts = [
+        max(usages[i : i + n], key=lambda usage: usage.prompt_tokens)
+        for i in range(0, len(usages), n)
+    ]
+    prompt = sum(usage.prompt_tokens for usage in prompts)
     completion = sum(usage.completion_tokens for usage in usages)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(usage.cached_tokens for usage in usages[::n])
-        },
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
     }

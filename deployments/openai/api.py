@@ -30,6 +30,7 @@ def openai_routes(worker: ModelWorker) -> APIRouter:
         """What follows a finished prompt; whole, or streamed."""
         return await _generate(request, worker, service.complete)
 
+    @router.get("/models", include_in_schema=False)  # clients of VILA's base address, llama.cpp's
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model that is served."""

@@ -8,6 +8,7 @@ from typing import Any
 from deployments.body import BodyTooLarge
 from deployments.image_fetcher import PictureHostFailed, PictureNotFetched
 from deployments.records import log_unexpected
+from deployments.request_log import current_entry
 from models.errors import (
     EngineDead,
     EngineFault,
@@ -51,6 +52,8 @@ class ErrorReply:
 
     @classmethod
     def of(cls, error: Exception) -> ErrorReply:
+        """The request's log is told, too."""
+        current_entry().note_error(error)
         for type_, (status, kind) in KINDS.items():
             if isinstance(error, type_):
                 param = error.field if isinstance(error, InvalidRequest) else None

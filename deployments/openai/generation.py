@@ -20,11 +20,12 @@ from deployments.openai.merging import merged
 from deployments.openai.messages import Picture
 from deployments.openai.request import Options
 from deployments.pacing import Update, paced
+from deployments.request_log import current_entry
 from models import SamplingParams, Usage
 from models.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from models import Engine
+    from models import Engine, Prompt
 
 WHOLE_INTERVAL_S = 1.0
 """Between two updates of an answer that nobody sees before it is complete."""
@@ -52,7 +53,7 @@ class Generation:
         backend: Backend,
         options: Options,
         answer: Answer,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         pictures: Sequence[Picture] = (),
         template_stops: Sequence[str] = (),
     ) -> None:
@@ -100,13 +101,14 @@ class Generation:
         async with aclosing(self.updates(interval_s)) as updates:  # type: ignore[type-var]
             patience_ends = clock() + PATIENT_SIGNS * self._backend.config.sign_of_life_s
             async for index, update in updates:
-                usages[index] = update.usage
                 if not begun and not update.has_news and clock() < patience_ends:
                     continue
                 if not begun:
                     begun = True
+                    usages[index] = replace(update.usage, completion_tokens=0)
                     for chunk in self._answer.first_chunks(self.num_choices):
                         yield self._with_usage(chunk, usages)
+                usages[index] = update.usage
                 if update.has_news:
                     yield self._with_usage(self._answer.chunk(index, update), usages)
                 else:
@@ -121,6 +123,8 @@ class Generation:
             TinyChatError: whatever is wrong with the request, the queue or the engine.
         """
         with self._backend.door.enter(self.num_choices):
+            for prompt in self._prompts:
+                current_entry().add_prompt(prompt, len(self._pictures))
             images = await self._images()
             streams = [self._start(index, images, interval_s) for index in range(self.num_choices)]
             del images  # each stream lets go of them once it has prepared its own
@@ -166,6 +170,7 @@ class Generation:
             queue_timeout_s=config.queue_timeout_s,
             min_interval_s=interval_s,
         )
+        deltas = current_entry().watched(deltas, counts_prompt=index % self.options.n == 0)
         return paced(deltas, min_interval_s=interval_s, sign_of_life_s=config.sign_of_life_s)
 
     def _params(self, number: int) -> SamplingParams:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments import fields
 from deployments.openai.messages import Chat, parse_messages
@@ -17,6 +17,9 @@ from deployments.openai.sampling import parse_sampling
 from models import SamplingParams
 from models.errors import InvalidRequest
 from models.prompts.tokenizer import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from models import Prompt
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions, and vLLM's."""
@@ -97,11 +100,11 @@ class ChatRequest:
 class CompletionRequest:
     """
     Attributes:
-        prompts: finished ones; each is answered by itself.
+        prompts: finished ones, as texts or as token ids; each is answered by itself.
         echo: whether texts begin with their prompts.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     options: Options
     echo: bool = False
 
@@ -133,21 +136,23 @@ class CompletionRequest:
         return cls(prompts, options, echo)
 
 
-def _prompts(value: object, limits: OpenAILimits) -> tuple[str, ...]:
+def _prompts(value: object, limits: OpenAILimits) -> tuple[Prompt, ...]:
     if value is None:
-        raise InvalidRequest("prompt", "is missing; it must be a string or a list of strings")
+        raise InvalidRequest("prompt", "is missing; it must be text, token ids, or a list of these")
     given = [value] if isinstance(value, str) else fields.array("prompt", value)
     if not given:
-        raise InvalidRequest("prompt", "is empty; it must hold at least one string")
+        raise InvalidRequest("prompt", "is empty; it must hold at least one text or token id")
+    if not isinstance(given[0], (str, list, tuple)):
+        given = [given]
     prompts = tuple(_prompt(prompt) for prompt in given)
     if sum(map(len, prompts)) > limits.max_prompt_chars * min(len(prompts), limits.max_choices):
         raise InvalidRequest("prompt", "holds more text than fits into the model's context")
     return prompts
 
 
-def _prompt(value: object) -> str:
-    if isinstance(value, (int, list)):
-        raise InvalidRequest("prompt", "holds token ids, which are not taken; send text")
+def _prompt(value: object) -> Prompt:
+    if isinstance(value, (list, tuple)):
+        return tuple(fields.integer("prompt", token) for token in value)
     prompt = fields.text("prompt", value)
     if IMAGE_PLACEHOLDER in prompt:
         raise InvalidRequest(

@@ -21,7 +21,7 @@ from deployments.openai.request import ChatRequest, CompletionRequest, OpenAILim
 from models.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from models import Engine
+    from models import Engine, Prompt
 
 T = TypeVar("T")
 
@@ -84,11 +84,12 @@ class OpenAIService:
         options = request.options
         self._check_model(options.model)
         prompts = request.prompts
+        echoed = await _off_loop(lambda: list(map(self._text, prompts))) if request.echo else []
         answer = CompletionAnswer(
             options.model or self.model_name,
             self._names,
             logprobs=options.params.logprobs is not None,
-            echoed=[p for p in prompts for _ in range(options.n)] if request.echo else (),
+            echoed=[text for text in echoed for _ in range(options.n)],
         )
         return Generation(self._backend, options, answer, prompts)
 
@@ -111,9 +112,10 @@ class OpenAIService:
                     "out, and see an answer's usage for how much they count",
                 )  # fmt: skip
             add = body.get("add_generation_prompt")
-            text = self._engine.template.render(
-                chat.messages,
-                add_generation_prompt=add is None or fields.boolean("add_generation_prompt", add),
+            add = add is None or fields.boolean("add_generation_prompt", add)
+            template = self._engine.template
+            text = await _off_loop(
+                lambda: template.render(chat.messages, add_generation_prompt=add)
             )
         else:
             text = fields.text("prompt", body.get("prompt"))
@@ -123,12 +125,12 @@ class OpenAIService:
         bos = self._engine.tokenizer.bos_token_id
         if body.get("add_special_tokens") is False and bos is not None and tokens[:1] == [bos]:
             tokens = tokens[1:]
-        names = [self._names.text(token) for token in tokens]
+        wants_names = body.get("return_token_strs") is True
         return {
             "count": len(tokens),
             "max_model_len": self._engine.context_length,
             "tokens": tokens,
-            "token_strs": names if body.get("return_token_strs") is True else None,
+            "token_strs": [self._names.text(i) for i in tokens] if wants_names else None,
         }
 
     async def detokenize(self, body: object) -> dict[str, Any]:
@@ -143,12 +145,7 @@ class OpenAIService:
         if len(given) > self._max_prompt_chars:
             raise InvalidRequest("tokens", "are more than fit into the model's context")
         tokens = [fields.integer("tokens", token) for token in given]
-        size = self._engine.tokenizer.vocab_size
-        for token in tokens:
-            if not 0 <= token < size:
-                raise InvalidRequest(
-                    "tokens", f"{token} is outside of the vocabulary of {size} tokens"
-                )
+        self._engine.check_tokens("tokens", tokens)
         return {"prompt": await _off_loop(lambda: self._engine.decode(tokens))}
 
     def models(self) -> dict[str, Any]:
@@ -172,6 +169,13 @@ class OpenAIService:
         """
         self._check_model(name)
         return self._model()
+
+    def _text(self, prompt: Prompt) -> str:
+        """Raises InvalidRequest for ids of no token."""
+        if isinstance(prompt, str):
+            return prompt
+        self._engine.check_tokens("prompt", prompt)
+        return self._engine.decode(prompt)
 
     def _model(self) -> dict[str, Any]:
         return {

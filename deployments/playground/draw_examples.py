@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -33,7 +34,11 @@ EXAMPLES: Mapping[str, Image.Image] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m deployments.playground.draw_examples",
+        description="Draw the playground's example pictures again, over those in static/.",
+    ).parse_args(arguments)
     for name, picture in EXAMPLES.items():
         colours = picture.quantize(32, method=Image.Quantize.MEDIANCUT)
         colours.save(STATIC / "examples" / f"{name}.png", optimize=True)

@@ -1,7 +1,8 @@
-"""The model between a step before it and one behind it, each a deployment of its own.
+r"""The model between a step before it and one behind it, each a deployment of its own.
 
-# beside `serve run serve_config.yaml`:
-serve run --address auto --name finder --route-prefix /find docs.examples.chat_pipeline:app
+# beside `make serve`, in the same Ray; Ctrl-C of one that blocks would stop the model, too
+serve run --non-blocking --address auto --name finder --route-prefix /find \
+    docs.examples.chat_pipeline:app
 curl --data-binary @docs/shapes.png "localhost:21002/find?thing=circle"
 """
 

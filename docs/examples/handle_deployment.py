@@ -1,6 +1,8 @@
-"""A deployment of one's own that asks the model: a captioner with an HTTP route.
+r"""A deployment of one's own that asks the model: a captioner with an HTTP route.
 
-serve run docs.examples.handle_deployment:app     # beside `serve run serve_config.yaml`
+# beside `make serve`, in the same Ray; Ctrl-C of one that blocks would stop the model, too
+serve run --non-blocking --address auto --name captioner --route-prefix /caption \
+    docs.examples.handle_deployment:app
 curl --data-binary @docs/shapes.png localhost:21002/caption
 """
 

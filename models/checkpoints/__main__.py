@@ -9,10 +9,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from models.command_line import HelpFormatter
 from models.errors import CheckpointError, ConfigurationError
 
 PROGRAM = "python -m models.checkpoints"
 CANNOT_BE_SERVED, BAD_ARGUMENTS = 1, 2
+EXAMPLES = """\
+examples:
+  python -m models.checkpoints inspect /data/VILA1.5-3b-AWQ
+  python -m models.checkpoints synthesize --like vila1.5-3b /tmp/vila1.5-tiny
+"""
+SYNTHESIZE = """\
+Write a checkpoint of random weights in the exact layout, tensor names, dtypes and files of a
+released family, its tokenizer included. It is served like any other; its answers mean nothing.
+
+examples:
+  # 3 MB, 16-bit and llm-awq weights in one folder
+  python -m models.checkpoints synthesize --like vila1.5-3b /tmp/vila1.5-tiny
+  # 2.5 GB in the real sizes, to see how it loads
+  python -m models.checkpoints synthesize --like vila1.5-3b --scale full \\
+      --format llm-awq-v2 /tmp/vila1.5-3b"""
+INSPECT = """\
+Say what a checkpoint holds, what memory it needs, and whether it can be served. Reads headers, no
+weights, and downloads nothing. Ends with status 1 and the reason if it cannot be served.
+
+examples:
+  python -m models.checkpoints inspect /data/VILA1.5-3b-AWQ
+  python -m models.checkpoints inspect /data/VILA1.5-3b-AWQ --context 2048 --concurrency 4"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,14 +54,19 @@ def build_parser() -> argparse.ArgumentParser:
         OUTPUT_FORMATS,
     )
 
-    parser = Parser(prog=PROGRAM, description="Look at checkpoints, or make some to test with.")
+    parser = Parser(
+        prog=PROGRAM,
+        description="Look at checkpoints, or make some to test with.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     synthesize = commands.add_parser(
         "synthesize",
         help="write a checkpoint of random weights",
-        description="Writes a checkpoint of random weights in the exact layout, tensor names, "
-        "dtypes and files of a released family, its tokenizer included.",
+        description=SYNTHESIZE,
+        formatter_class=HelpFormatter,
     )
     synthesize.add_argument("out", metavar="OUT", type=Path, help="its folder: new, or empty")
     synthesize.add_argument(
@@ -59,9 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
         "others is a checkpoint of its own, in OUT-FORMAT if there are several",
     )
     synthesize.add_argument(
-        "--group-size", type=int, choices=GROUP_SIZES, default=128, help="default: 128"
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=128,
+        help="inputs that share a scale and a zero point in 4-bit formats",
     )
-    synthesize.add_argument("--seed", type=int, default=0, help="default: 0")
+    synthesize.add_argument("--seed", type=int, default=0, help="of the random weights")
     synthesize.add_argument(
         "--naming",
         choices=[*HF_NAMES],
@@ -74,19 +106,23 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint holds and needs",
-        description="Says what a checkpoint holds, what memory it needs, and whether it can be "
-        "served; reads no weights and downloads nothing. Ends with status 1 and the reason if it "
-        "cannot be served.",
+        description=INSPECT,
+        formatter_class=HelpFormatter,
     )
     inspect.add_argument("path", metavar="PATH", help="its folder, or the Hub id of a cached one")
-    inspect.add_argument("--quant-path", help="AWQ weights outside of the checkpoint")
+    inspect.add_argument(
+        "--quant-path", help="AWQ weights, a file or a folder, where they are not inside PATH"
+    )
     inspect.add_argument(
         "--precision",
         choices=("W4A16", "W16A16"),
-        help="default: W4A16 where there are 4-bit weights",
+        help="4-bit or 16-bit weights; default: W4A16 where there are 4-bit weights",
     )
     inspect.add_argument(
-        "--context", type=_positive, metavar="N", help="tokens of a request; default: the model's"
+        "--context",
+        type=_positive,
+        metavar="N",
+        help="longest prompt and answer together, in tokens; default: the model's",
     )
     inspect.add_argument(
         "--concurrency",
@@ -94,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="requests at a time; default: 8 on a CPU, 64 on a GPU",
     )
-    inspect.add_argument("--json", action="store_true", help="for machines")
+    inspect.add_argument("--json", action="store_true", help="print JSON, for programs")
     inspect.set_defaults(run=_inspect)
     return parser
 

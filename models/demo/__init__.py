@@ -4,7 +4,7 @@ It answers questions about drawn shapes, colours, counts, positions and numbers,
 user sees true answers within a minute and the tests have a model that really looks at pictures.
 Its checkpoint loads through exactly the code that loads real checkpoints.
 
-    python -m models.demo.train       # two hours on 2 shared CPU cores
+    python -m models.demo.train       # 40 minutes on 2 CPU cores; --schedule long: two hours
     python -m models.demo.evaluate    # accuracy and loss on held-out pictures, 16-bit and 4-bit
 
     scenes.py       what a picture shows, and how it is drawn

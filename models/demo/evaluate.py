@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from models import SamplingParams, load_engine
 from models.checkpoints.spec import Precision
+from models.command_line import HelpFormatter
 from models.demo import DEMO_CHECKPOINT
 from models.demo.held_out import HeldOut, held_out
 from models.demo.teacher import answer_losses, load_network
@@ -167,10 +168,20 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m models.demo.evaluate")
-    parser.add_argument("--model", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--output", type=Path, help="a JSON file for the record")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.demo.evaluate", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        metavar="FOLDER",
+        help="a demo checkpoint; default: the one that ships",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the figures, a JSON file, there"
+    )
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="how many are asked")
     options = parser.parse_args(arguments)
     items = held_out(options.questions)
     record: dict[str, Any] = {

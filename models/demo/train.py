@@ -1,11 +1,14 @@
 """Trains the demo model from nothing and writes its checkpoint.
 
-    python -m models.demo.train [--output FOLDER] [--start FOLDER] [--quick]
+    python -m models.demo.train [--schedule short|long|quick] [--output FOLDER]
 
-First the tower alone learns what lies on each patch, then everything together learns to answer,
-in seven rounds. Most of them dwell on pictures that come after their question, and one on what
-answers alone do not teach there: which words and patches are what is asked about, and which are
-what that is compared with.
+First the tower alone learns what lies on each patch, then everything together learns to answer, in
+several rounds. Some dwell on pictures that come after their question, and on what answers alone do
+not teach there: which words and patches are what is asked about, and which are what that is
+compared with.
+
+The short schedule takes some 40 minutes on two cores and answers 94.6 % of the held-out questions;
+the long one takes two hours, and 98.6 %.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from tokenizers import Tokenizer
 from torch.func import functional_call
 from tqdm import tqdm
 
-from models.demo import DEMO_CHECKPOINT
+from models.command_line import HelpFormatter
 from models.demo.batches import batches_ahead, make_batches
 from models.demo.export import export_checkpoint
 from models.demo.labels import WORDS
@@ -79,6 +82,29 @@ class Schedule:
 
     phases: tuple[Phase, ...] = (
         Phase(
+            "tower", 350, rows=128, muon_rate=4.5e-3, tower_factor=1.0, patches_weight=1.0,
+            words_weight=1.0, least=0.3, tower_only=True,
+        ),
+        Phase("joint", 1800, roles_weight=0.5, last_share=0.6, last_sides=8.0, least=0.1),
+        Phase(
+            "roles", 600, muon_rate=3.0e-3, adam_rate=1.2e-3, patches_weight=0.0, roles_weight=0.5,
+            last_share=0.9, last_sides=16.0,
+        ),
+        Phase(
+            "all again", 320, muon_rate=1.6e-3, adam_rate=0.7e-3, patches_weight=0.0,
+            roles_weight=0.2, last_share=0.4,
+        ),
+    )  # fmt: skip
+    warmup: int = 40
+    clip: float = 1.0
+    check_every: int = 150
+    check_rows: int = 240
+    save_every: int = 300
+
+
+LONG = Schedule(
+    phases=(
+        Phase(
             "tower", 450, rows=128, muon_rate=4.5e-3, tower_factor=1.0, patches_weight=1.0,
             words_weight=1.0, least=0.3, tower_only=True,
         ),
@@ -104,19 +130,17 @@ class Schedule:
             "all again", 320, muon_rate=1.6e-3, adam_rate=0.7e-3, patches_weight=0.0,
             roles_weight=0.2, last_share=0.4,
         ),
-    )  # fmt: skip
-    warmup: int = 40
-    clip: float = 1.0
-    check_every: int = 150
-    check_rows: int = 240
-    save_every: int = 300
-
+    )
+)  # fmt: skip
+"""Two hours on two cores. The checkpoint that is shipped came from it."""
 
 QUICK = Schedule(
     phases=tuple(replace(phase, steps=6, rows=8) for phase in Schedule().phases),
     warmup=2, check_every=4, check_rows=16, save_every=5,
 )  # fmt: skip
 """Two minutes, mostly of compiling: every part runs, and nothing is learned."""
+
+SCHEDULES = {"short": Schedule(), "long": LONG, "quick": QUICK}
 
 
 @dataclass(frozen=True)
@@ -143,12 +167,12 @@ class Trainer:
 
     @classmethod
     def from_checkpoint(cls, folder: Path, schedule: Schedule, output: Path, seed: int) -> Trainer:
-        """With its weights and tokenizer, and only the last phase to go, which needs no more."""
-        torch.manual_seed(seed)  # for the auxiliary heads, which are not in a checkpoint
+        """With its weights and tokenizer; the heads of the auxiliary losses start anew."""
+        torch.manual_seed(seed)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         network = load_network(folder, "W16A16").requires_grad_(True)
         network.words = [torch.tensor(word_ids(tokenizer, words)) for words in WORDS]
-        return cls(network, tokenizer, replace(schedule, phases=schedule.phases[-1:]), output, seed)
+        return cls(network, tokenizer, schedule, output, seed)
 
     def train(self) -> None:
         started = time.monotonic()
@@ -232,13 +256,35 @@ def _with_passive_threads() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.demo.train")
-    parser.add_argument("--output", type=Path, default=DEMO_CHECKPOINT, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a checkpoint, to repeat the last phase with")
-    parser.add_argument("--quick", action="store_true", help="only to see that it all runs")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.demo.train",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("llava-demo"),
+        metavar="FOLDER",
+        help="where the checkpoint goes, now and then and at the end",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="short",
+        help="short: 40 minutes; long: two hours, as the shipped checkpoint; quick: only to see "
+        "that it all runs",
+    )  # fmt: skip
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
+    parser.add_argument(
+        "--phase", help="the first phase that runs; with --start, by default the last"
+    )
     options = parser.parse_args(arguments)
-    schedule = QUICK if options.quick else Schedule()
+    schedule = SCHEDULES[options.schedule]
+    names = [phase.name for phase in schedule.phases]
+    first = options.phase or names[-1 if options.start else 0]
+    if first not in names:
+        parser.error(f"--phase: there is no {first!r}; there are {', '.join(names)}")
+    schedule = replace(schedule, phases=schedule.phases[names.index(first) :])
     if options.start is None:
         trainer = Trainer.from_nothing(schedule, options.output, options.seed)
     else:

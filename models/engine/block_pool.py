@@ -12,7 +12,8 @@ Every block is in exactly one of three states:
 
 A full block's content is known by a key that chains the previous block's key with its own token
 ids and the digests of the pictures that lie in it. A hit compares the token ids and the pictures
-too, so that a collision of the hash can never serve another conversation's memory.
+too, from the beginning on, so that a collision of the hash can never serve another conversation's
+memory.
 """
 
 from __future__ import annotations
@@ -30,18 +31,28 @@ from models.engine.messages import ImageSpan
 class BlockContent(NamedTuple):
     """What a full block holds, and after what: the thing compared on a hit."""
 
-    parent: bytes
+    parent: BlockContent | None
     token_ids: tuple[int, ...]
     pictures: tuple[tuple[bytes, int], ...]
     """(digest, position of the block's first token relative to the picture's first)"""
 
-    def key(self) -> bytes:
-        digest = hashlib.sha256(self.parent)
+    def key(self, parent_key: bytes) -> bytes:
+        digest = hashlib.sha256(parent_key)
         digest.update(array("q", self.token_ids).tobytes())
         for picture, offset in self.pictures:
             digest.update(picture)
             digest.update(array("q", (offset,)).tobytes())
         return digest.digest()
+
+
+def is_same(one: BlockContent | None, other: BlockContent | None) -> bool:
+    """Whether two blocks hold the same, after the same. Step by step, since `==` of long chains
+    would be too deep a recursion; and only as far back as they are not one and the same."""
+    while one is not other:
+        if one is None or other is None or one[1:] != other[1:]:
+            return False
+        one, other = one.parent, other.parent
+    return True
 
 
 class Prefix:
@@ -59,7 +70,7 @@ class Prefix:
             start = len(self._keys) * self._block_size
             end = start + self._block_size
             content = BlockContent(
-                parent=self._keys[-1] if self._keys else b"",
+                parent=self._contents[-1] if self._contents else None,
                 token_ids=tuple(token_ids[start:end]),
                 pictures=tuple(
                     (span.image.digest, start - span.start)
@@ -68,8 +79,15 @@ class Prefix:
                 ),
             )
             self._contents.append(content)
-            self._keys.append(content.key())
+            self._keys.append(content.key(self._keys[-1] if self._keys else b""))
         return self._keys[index], self._contents[index]
+
+    def adopt(self, index: int, content: BlockContent) -> None:
+        """Takes a content that is the same for its own, so that what follows has the same parent,
+        and comparing it ends there."""
+        if self._contents[index] is not content:
+            self._contents[index] = content
+            del self._contents[index + 1 :], self._keys[index + 1 :]
 
 
 @dataclass
@@ -117,8 +135,12 @@ class BlockPool:
         for index in range(max_tokens // self.block_size):
             key, content = prefix.block(index, token_ids)
             block_id = self._by_key.get(key)
-            if block_id is None or self._blocks[block_id].content != content:
+            if block_id is None:
                 break
+            known = self._blocks[block_id].content
+            if known is None or not is_same(known, content):
+                break
+            prefix.adopt(index, known)
             matched.append(block_id)
         return matched
 

@@ -31,7 +31,12 @@ class EngineCore:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
+        max_prefill_slowdown: float | None = None,
     ) -> None:
+        """
+        Args:
+            max_prefill_slowdown: see `EngineOptions`.
+        """
         self.runner = runner
         eos_token_ids = frozenset(eos_token_ids)
         self.sampler = Sampler(eos_token_ids)
@@ -47,6 +52,7 @@ class EngineCore:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             eos_token_ids=eos_token_ids,
+            max_prefill_slowdown=max_prefill_slowdown,
         )
         self.num_steps = 0
 
@@ -82,8 +88,12 @@ class EngineCore:
         if not batch.chunks:
             return ended
         self.num_steps += 1
+        started = time.perf_counter()
         logits = self.runner.run(batch)
         samples = self.sampler.sample(logits, [chunk.seq for chunk in batch.sampling])
+        self.scheduler.prefill_budget.observe(
+            batch.num_decodes, batch.num_prompt_tokens, time.perf_counter() - started
+        )
         return ended + self.scheduler.commit(batch, samples)
 
     def fail_running(self, error: Exception) -> list[GenerationDelta]:
@@ -124,4 +134,9 @@ class EngineCore:
             num_steps=self.num_steps,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            image_queries=self.runner.images.num_queries,
+            image_hits=self.runner.images.num_hits,
+            token_gaps=scheduler.token_gaps.counts,
         )

@@ -11,8 +11,9 @@ import asyncio
 import os
 import queue
 import threading
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -24,15 +25,23 @@ from PIL.Image import Image
 from models.checkpoints import ModelSpec
 from models.engine.host import EngineHost
 from models.engine.mailbox import Mailbox, ring_all
-from models.engine.messages import Abort, EngineStats, GenerationDelta, GenerationRequest, Usage
-from models.engine.preparation import RequestPreparer
+from models.engine.messages import (
+    Abort,
+    EngineStats,
+    FinishedRequest,
+    GenerationDelta,
+    GenerationRequest,
+    Usage,
+)
+from models.engine.preparation import Prompt, RequestPreparer
 from models.engine.sampling_params import SamplingParams
 from models.errors import EngineDead, InvalidRequest
 from models.prompts import Template, Tokenizer
 
 PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
-
+MAX_FINISHED = 100_000
+"""Ended requests that are remembered for `take_finished`, should nobody call it."""
 
 Subscriber: TypeAlias = "Mailbox | queue.SimpleQueue[GenerationDelta]"
 """Where one request's deltas go: to a coroutine, or to a thread."""
@@ -63,6 +72,7 @@ class Engine:
         self._subscribers: dict[str, Subscriber] = {}
         self._lock = threading.Lock()  # guards _subscribers and _stopped against each other
         self._stopped: EngineDead | None = None
+        self._finished: deque[FinishedRequest] = deque(maxlen=MAX_FINISHED)
         host.start(self._deliver, self._stop)
 
     # ---- what callers use -------------------------------------------------------------------
@@ -99,6 +109,10 @@ class Engine:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(token_ids)
 
+    def check_tokens(self, field: str, token_ids: Iterable[int]) -> None:
+        """Raises InvalidRequest, about this field, if one of them is not in the vocabulary."""
+        self._preparer.check_tokens(field, token_ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text; of a special token, its name."""
         return self.tokenizer.token_bytes(token_id) or self.token_text(token_id).encode()
@@ -114,7 +128,7 @@ class Engine:
 
     async def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Images = (),
         params: SamplingParams = DEFAULT_PARAMS,
         *,
@@ -127,7 +141,8 @@ class Engine:
         Closing or cancelling the iterator aborts the request and frees all that it holds.
 
         Args:
-            prompt: the text as a client sends it, one "<image>" for each of `images`.
+            prompt: the text as a client sends it, one "<image>" for each of `images`; or, where
+                there are none, token ids.
             images: or a function that returns them, decoded or not. It is called, as everything
                 that is slow about a request is done, in one of the engine's own threads.
             queue_timeout_s: how long it may wait for its turn.
@@ -145,6 +160,7 @@ class Engine:
         prepare = partial(
             self._prepare,
             prompt, images, params, request_id=request_id, queue_timeout_s=queue_timeout_s,
+            arrived_at=time.monotonic(),
         )  # fmt: skip
         del images  # decoded, they may be large; they are not to be held until the answer's end
         request = await loop.run_in_executor(self._pool, prepare)
@@ -167,7 +183,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Sequence[Image] = (),
         params: SamplingParams = DEFAULT_PARAMS,
         *,
@@ -223,6 +239,10 @@ class Engine:
         """A snapshot from another thread: each figure right, together perhaps a step apart."""
         return replace(self._host.stats(), dead=self._stopped is not None)
 
+    def take_finished(self) -> list[FinishedRequest]:
+        """The requests that have ended since the last call, for whoever keeps statistics."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]
+
     def check_health(self) -> None:
         """Raises EngineDead if the engine can answer no more."""
         if self._stopped is not None:
@@ -246,7 +266,7 @@ class Engine:
     # ---- the boundary -----------------------------------------------------------------------
 
     def _prepare(
-        self, prompt: str, images: Images, params: SamplingParams, **options: Any
+        self, prompt: Prompt, images: Images, params: SamplingParams, **options: Any
     ) -> GenerationRequest:
         pictures = images() if callable(images) else images
         return self._preparer.prepare(prompt, pictures, params, **options)
@@ -270,6 +290,10 @@ class Engine:
                     self._subscribers.pop(delta.request_id, None)
                     if ended
                     else self._subscribers.get(delta.request_id)
+                )
+            if subscriber is not None and delta.finish_reason is not None:
+                self._finished.append(
+                    FinishedRequest(delta.finish_reason, delta.usage, delta.timing)
                 )
             if isinstance(subscriber, queue.SimpleQueue):
                 subscriber.put(delta)

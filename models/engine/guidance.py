@@ -15,10 +15,13 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from models.engine.guide import Guide
 from models.errors import InvalidRequest
@@ -64,6 +67,18 @@ class Matcher:
 
     def copy(self) -> Matcher:
         return Matcher(self._matcher.deep_copy(), self._guide)
+
+
+def forbidden_tokens(matchers: Sequence[Matcher], vocabulary: int) -> NDArray[np.bool_]:
+    """(matchers, vocabulary): which tokens may not come next. All rows are unpacked at once: with
+    small models what a step does in Python is most of a guide's cost.
+
+    Args:
+        vocabulary: the model's; its rows behind the tokenizer's stand for nothing.
+    """
+    masks = b"".join([matcher.allowed() for matcher in matchers])
+    packed = np.frombuffer(masks, dtype=np.uint8).reshape(len(matchers), -1)
+    return np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little") == 0
 
 
 class GuideCompiler:

@@ -27,7 +27,13 @@ class ImageEmbeddingCache:
         self._capacity = capacity_bytes
         self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
         self.num_bytes = 0
+        self.num_queries = 0
         self.num_encoded = 0
+
+    @property
+    def num_hits(self) -> int:
+        """Pictures that were asked for and did not need the tower."""
+        return self.num_queries - self.num_encoded
 
     def embed(self, images: Sequence[PreparedImage]) -> dict[bytes, Tensor]:
         """Embeddings by digest. The tower runs once, for all those that are not kept yet."""
@@ -46,6 +52,7 @@ class ImageEmbeddingCache:
                 # A copy of its own: a view would keep the whole tower batch alive uncounted.
                 found[digest] = view.clone()
                 self._keep(digest, found[digest])
+        self.num_queries += len(images)
         return found
 
     def _keep(self, digest: bytes, embedding: Tensor) -> None:

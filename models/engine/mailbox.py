@@ -79,6 +79,7 @@ def merged(deltas: Sequence[GenerationDelta]) -> GenerationDelta:
         last.error,
         tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
         last.stop_reason,
+        next((delta.timing for delta in reversed(deltas) if delta.timing is not None), None),
     )
 
 

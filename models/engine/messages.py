@@ -6,8 +6,9 @@ same interface.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from models.engine.sampling_params import SamplingParams
 from models.errors import TinyChatError
@@ -39,6 +40,7 @@ class GenerationRequest:
         token_ids: the prompt; positions inside an `ImageSpan` hold IMAGE_TOKEN_ID.
         images: the spans, in order, not overlapping.
         deadline: `time.monotonic()` by which it must have left the waiting line, or None.
+        arrived_at: `time.monotonic()` at which it was asked for, unprepared.
     """
 
     request_id: str
@@ -46,6 +48,7 @@ class GenerationRequest:
     images: tuple[ImageSpan, ...]
     params: SamplingParams
     deadline: float | None = None
+    arrived_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,36 @@ class Usage:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When one request came how far, by `time.monotonic()`, which a machine's processes share.
+
+    Attributes:
+        arrived: it was asked for; its pictures were not decoded, its text not tokenised yet.
+        queued: the engine had it.
+        started: it left the waiting line for the first time.
+        first_token, last_token: were computed.
+    """
+
+    arrived: float
+    queued: float
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+class FinishedRequest(NamedTuple):
+    """What there is to say about a request that has ended.
+
+    Attributes:
+        timing: None where the engine itself has ended.
+    """
+
+    reason: FinishReason
+    usage: Usage
+    timing: Timing | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +127,7 @@ class GenerationDelta:
         logprobs: of each of `token_ids`, where the request asked for them.
         stop_reason: the request's stop string, or the one of its `stop_token_ids`, that ended the
             answer; None where the model's own end did.
+        timing: in the delta with the first token, and in the last one.
     """
 
     request_id: str
@@ -104,6 +138,7 @@ class GenerationDelta:
     error: TinyChatError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     stop_reason: str | int | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +160,15 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of what the engine holds; blocks_free + blocks_cached + blocks_used is total."""
+    """A snapshot of what the engine holds; blocks_free + blocks_cached + blocks_used is total.
+
+    Attributes:
+        num_prompt_tokens: of all requests that have had their first token, cached ones included.
+        num_generated_tokens: of all requests.
+        prefix_query_tokens, prefix_hit_tokens: of all prompts; of these, what the cache held.
+        image_queries, image_hits: pictures whose embeddings a prompt needed; of these, the kept.
+        token_gaps: how often requests waited how long for their next token; see `TokenGaps`.
+    """
 
     num_running: int
     num_waiting: int
@@ -141,3 +184,8 @@ class EngineStats:
     prefix_query_tokens: int
     prefix_hit_tokens: int
     dead: bool = False
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    image_queries: int = 0
+    image_hits: int = 0
+    token_gaps: tuple[int, ...] = ()

@@ -16,9 +16,14 @@ class EngineOptions:
         max_num_seqs: how many requests run at a time; default 64 on a GPU, 8 on a CPU.
         max_num_batched_tokens: tokens computed in one step at most, decodes included: the size of
             a prefill chunk; default 2,048 on a GPU, 512 on a CPU.
+        max_prefill_slowdown: by what share arriving prompts may raise the running streams' time per
+            token, on average. The smaller, the longer new requests wait for their first token;
+            None: without limit.
         block_size: tokens in a KV block.
-        bf16_copy: on a CPU, keep a 16-bit copy of 4-bit weights besides, with which prompts are
-            computed up to 2.5 times as fast; default: where a quarter of the free memory holds it.
+        bf16_copy: on a CPU without AVX-512's bf16 instructions, or without a C++ compiler: keep a
+            16-bit copy of 4-bit weights besides, with which prompts are computed up to 2.5 times
+            as fast; default: where a quarter of the free memory holds it. Elsewhere our own
+            kernel computes them, and needs none.
         gpu_memory_utilization: share of each GPU's memory for weights, activations and KV cache.
         kv_cache_bytes: size of the KV cache; default on a GPU: what `gpu_memory_utilization`
             leaves; on a CPU: `max_num_seqs` full contexts, at most a quarter of the free memory.
@@ -29,6 +34,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_prefill_slowdown: float | None = 0.45
     block_size: int = 16
     bf16_copy: bool | None = None
     gpu_memory_utilization: float = 0.9

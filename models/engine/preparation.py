@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from PIL.Image import Image
 
@@ -20,6 +21,10 @@ from models.engine.sampling_params import SamplingParams
 from models.errors import InvalidRequest
 from models.prompts import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
 from models.vision import ImagePreprocessor, PreparedImage
+
+Prompt: TypeAlias = "str | Sequence[int]"
+"""Text, one `<image>` for each picture; or, without pictures, token ids, to which nothing is
+added."""
 
 
 @dataclass(frozen=True)
@@ -39,33 +44,29 @@ class RequestPreparer:
 
     def prepare(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Sequence[Image],
         params: SamplingParams,
         *,
         request_id: str | None = None,
         queue_timeout_s: float | None = None,
+        arrived_at: float | None = None,
     ) -> GenerationRequest:
         """
+        Args:
+            arrived_at: `time.monotonic()` at which it was asked for; default: now.
+
         Raises:
-            InvalidRequest: the prompt is not a string, does not fit into the context, or does not
-                have as many placeholders as there are pictures; a picture cannot be decoded; a
-                stop token, or one with a bias, is not in the vocabulary.
+            InvalidRequest: the prompt is neither text nor token ids, does not fit into the
+                context, or does not have as many placeholders as there are pictures; a picture
+                cannot be decoded; a token of the prompt's, a stop token, or one with a bias, is
+                not in the vocabulary.
         """
-        if not isinstance(prompt, str):
-            raise InvalidRequest("prompt", f"is {type(prompt).__name__}; it must be a string")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InvalidRequest("prompt", "holds half of a surrogate pair, which is no character")
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
-        self._check_tokens("logit_bias", (token for token, _ in params.biases))
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
+        self.check_tokens("stop_token_ids", params.stop_token_ids)
+        self.check_tokens("logit_bias", (token for token, _ in params.biases))
         # Counting comes first: a wrong request should not cost the preprocessing.
-        tokens = tokenize_prompt(
-            prompt,
-            self.tokenizer,
-            num_images=len(images),
-            prompt_spec=self.spec.prompt,
-            tinychat_prompt_rewrite=self.tinychat_prompt_rewrite,
-        )
+        tokens = self._tokens(prompt, len(images))
         self._check_vocabulary(tokens)
         self._check_length(len(tokens) + len(images) * (self.preprocessor.min_tokens - 1))
         token_ids, spans = self._lay_out(tokens, images)
@@ -76,19 +77,50 @@ class RequestPreparer:
             images=spans,
             params=params,
             deadline=None if queue_timeout_s is None else time.monotonic() + queue_timeout_s,
+            arrived_at=arrived_at,
         )
 
     def count_tokens(self, prompt: str) -> int:
         """Of a prompt, each placeholder with the fewest tokens that a picture can have."""
         num_images = prompt.count(IMAGE_PLACEHOLDER)
-        tokens = tokenize_prompt(
+        tokens = self._tokens(prompt, num_images)
+        return len(tokens) + num_images * (self.preprocessor.min_tokens - 1)
+
+    def check_tokens(self, field: str, tokens: Iterable[int]) -> None:
+        """
+        Raises:
+            InvalidRequest: one of them is not in the vocabulary.
+        """
+        size = self.tokenizer.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise InvalidRequest(
+                    field, f"{token} is outside of the vocabulary of {size} tokens"
+                )
+
+    def _tokens(self, prompt: Prompt, num_images: int) -> list[int]:
+        """With one IMAGE_TOKEN_ID for each picture."""
+        if not isinstance(prompt, str):
+            return self._given_tokens(prompt, num_images)
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InvalidRequest("prompt", "holds half of a surrogate pair, which is no character")
+        return tokenize_prompt(
             prompt,
             self.tokenizer,
             num_images=num_images,
             prompt_spec=self.spec.prompt,
             tinychat_prompt_rewrite=self.tinychat_prompt_rewrite,
         )
-        return len(tokens) + num_images * (self.preprocessor.min_tokens - 1)
+
+    def _given_tokens(self, prompt: object, num_images: int) -> list[int]:
+        if not isinstance(prompt, (list, tuple)) or not all(type(i) is int for i in prompt):
+            raise InvalidRequest(
+                "prompt", f"is {type(prompt).__name__}; it must be a string or a list of token ids"
+            )
+        if num_images:
+            raise InvalidRequest("prompt", "is of token ids; one about pictures must be text")
+        self.check_tokens("prompt", prompt)
+        return list(prompt)
 
     def _lay_out(
         self, tokens: list[int], images: Sequence[Image]
@@ -125,14 +157,6 @@ class RequestPreparer:
                 f"holds the token {self.tokenizer.decode([largest], skip_special_tokens=False)!r}, "
                 "which this model cannot read",
             )
-
-    def _check_tokens(self, field: str, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            if token >= self.tokenizer.vocab_size:
-                raise InvalidRequest(
-                    field,
-                    f"{token} is outside of the vocabulary of {self.tokenizer.vocab_size} tokens",
-                )
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens == 0:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.engine.guidance import forbidden_tokens
 from models.engine.messages import TokenLogprobs
 from models.engine.sampling_params import SamplingParams
 from models.engine.scheduler import INVALID_TOKEN, Samples
@@ -100,15 +101,13 @@ def _apply_guides(logits: Tensor, seqs: Rows[Sequence]) -> None:
     guided = [(row, matcher) for row, seq in enumerate(seqs) if (matcher := seq.matcher)]
     if not guided:
         return
-    vocabulary = logits.shape[-1]
-    forbidden = np.ones((len(seqs), vocabulary), dtype=np.bool_)
-    forbidden[[row for row, seq in enumerate(seqs) if seq.guide is None]] = False
-    for row, matcher in guided:
-        # Rows of the model's vocabulary behind the tokenizer's stand for nothing.
-        bits = np.frombuffer(matcher.allowed(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little")[:vocabulary]
-        forbidden[row, : len(allowed)] = allowed == 0
-    logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)
+    rows, matchers = zip(*guided, strict=True)
+    forbidden = torch.from_numpy(forbidden_tokens(matchers, logits.shape[-1])).to(logits.device)
+    if len(rows) == len(seqs):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        at = torch.tensor(rows, device=logits.device)
+        logits[at] = logits[at].masked_fill(forbidden, -torch.inf)
 
 
 def _add_biases(logits: Tensor, seqs: Rows[Sequence]) -> None:

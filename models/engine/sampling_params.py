@@ -40,7 +40,12 @@ class SamplingParams:
         stop_token_ids: tokens that end the answer, besides the model's own.
         min_tokens: how many tokens come before anything may end the answer, the end of what
             `guide` allows excepted.
-        seed: makes a sampled answer reproducible, whatever else the engine is running.
+        seed: makes a sampled answer repeatable: every draw depends on it and on the token's place
+            alone, not on what else the engine is running. The probabilities that are drawn from
+            repeat to the last bit in float32 only. In 16 bits their rounding depends on how many
+            tokens are computed together, so that an answer can differ, the sooner the higher the
+            temperature, when the prefix cache holds more of the prompt than the last time, or
+            when other requests share its steps.
         ignore_eos: go on after the model's end-of-sequence token (for load tests).
         logprobs: None, or that many of the likeliest tokens come with every token's
             log-probability; 0 to 20. They are the model's own, before penalties, biases and

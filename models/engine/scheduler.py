@@ -2,12 +2,16 @@
 
 Requests wait in one line, first come first served, and run at most `max_num_seqs` at a time. A
 step's budget of tokens goes to the running decodes first (one token each), then to prompts, cut
-into chunks, so that a long prompt never stalls the streams. When the KV cache runs short the
-youngest running request gives its blocks back and is computed again later; none is dropped.
+into chunks, so that a long prompt never stalls the streams; how much of prompts they bear is
+`PrefillBudget`'s to say. A request whose beginning another one is just computing waits for it. When
+the KV cache runs short the youngest running request gives its blocks back and is computed again
+later; none is dropped.
 """
 
 from __future__ import annotations
 
+import time
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +20,9 @@ from typing import NamedTuple
 
 from models.engine.block_pool import BlockPool
 from models.engine.messages import FinishReason, GenerationDelta, TokenLogprobs
+from models.engine.prefill_budget import PrefillBudget
 from models.engine.sequence import Sequence
+from models.engine.token_gaps import TokenGaps
 from models.errors import EngineFault, RequestTimeout, TinyChatError
 
 INVALID_TOKEN = -1
@@ -55,9 +61,16 @@ class Batch:
 
     chunks: list[Chunk] = field(default_factory=list)
 
+    num_decodes: int = 0
+    """Sequences that advance by one token of their answers."""
+
     @property
     def sampling(self) -> list[Chunk]:
         return [chunk for chunk in self.chunks if chunk.samples]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks) - self.num_decodes
 
 
 class Scheduler:
@@ -70,8 +83,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
+        max_prefill_slowdown: float | None = None,
     ) -> None:
+        """
+        Args:
+            max_prefill_slowdown: see `EngineOptions`.
+        """
         self.pool = pool
+        self.prefill_budget = PrefillBudget(max_prefill_slowdown)
         self.max_num_seqs = max_num_seqs
         # Every running decode must fit into a step.
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
@@ -81,14 +100,22 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.token_gaps = TokenGaps()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something. Guides that are being compiled are nobody's work."""
         return bool(self.running) or any(seq.is_ready for seq in self.waiting)
 
+    @property
+    def _has_slot(self) -> bool:
+        return len(self.running) < self.max_num_seqs
+
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+        self.prefill_budget.arrive()
 
     def find(self, request_id: str) -> Sequence | None:
         for seq in (*self.running, *self.waiting):
@@ -125,23 +152,37 @@ class Scheduler:
                 batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + 1))
                 budget -= 1
         scheduled = {id(chunk.seq) for chunk in batch.chunks}
+        batch.num_decodes = len(batch.chunks)
+        if batch.chunks and (most := self.prefill_budget.tokens()) is not None:
+            budget = min(budget, most)
         for seq in self.running:
             if id(seq) not in scheduled and budget > 0:
                 budget -= self._schedule_prompt(seq, budget, batch)
-        if self.num_preemptions == preempted:
-            while budget > 0 and (first := self._next_waiting()) and self._admit(first):
-                budget -= self._schedule_prompt(self.running[-1], budget, batch)
+        if self.num_preemptions == preempted and self._has_slot and self.waiting:
+            coming = {key for seq in self.running for key in self._keys_to_come(seq)}
+            for seq in [s for s in self.waiting if s.is_ready]:
+                if self._gains_by_waiting(seq, coming):
+                    continue
+                if budget <= 0 or not self._admit(seq):
+                    break
+                budget -= self._schedule_prompt(seq, budget, batch)
+                coming.update(self._keys_to_come(seq))
         batch.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)
         return batch
 
     def commit(self, batch: Batch, samples: Samples) -> list[GenerationDelta]:
         """Books a computed batch, with the samples of `batch.sampling`."""
         sampling = batch.sampling
+        now = time.monotonic()
         for chunk in batch.chunks:
             chunk.seq.num_computed = chunk.end
             self._remember_full_blocks(chunk.seq)
+        last_tokens = (chunk.seq.last_token_at for chunk in sampling)
+        oldest = min((at for at in last_tokens if at is not None), default=None)
+        if oldest is not None:
+            self.token_gaps.add(now - oldest)
         return [
-            self._append(chunk.seq, token, logprobs)
+            self._append(chunk.seq, token, logprobs, now)
             for chunk, token, logprobs in zip(sampling, *samples, strict=True)
         ]
 
@@ -159,7 +200,7 @@ class Scheduler:
         usage = seq.usage
         seq.forget_computed()
         return GenerationDelta(
-            seq.request_id, text, token_ids, reason, usage, error, logprobs, stop_reason
+            seq.request_id, text, token_ids, reason, usage, error, logprobs, stop_reason, seq.timing
         )
 
     def check_integrity(self) -> None:
@@ -173,13 +214,33 @@ class Scheduler:
         batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + size))
         return size
 
-    def _next_waiting(self) -> Sequence | None:
-        """The first in the line; those whose guides are still being compiled let others pass."""
-        return next((seq for seq in self.waiting if seq.is_ready), None)
+    def _keys_to_come(self, seq: Sequence) -> list[bytes]:
+        """Of the full blocks that a running sequence's prefill is still to compute."""
+        if not self.pool.enable_prefix_caching or seq.num_uncomputed == 1:
+            return []
+        full = len(seq.token_ids) // self.pool.block_size
+        return [seq.prefix.block(i, seq.token_ids)[0] for i in range(seq.num_known_blocks, full)]
+
+    def _gains_by_waiting(self, seq: Sequence, coming: set[bytes]) -> bool:
+        """Whether a running prefill is about to compute most of what a waiting one still needs.
+
+        Such a one lets others pass until then, so that many users of one long system prompt, or of
+        one picture, have it computed once, even if they all come at the same time.
+        """
+        if not coming:
+            return False
+        last = len(seq.token_ids) - 1
+        index = known = len(self.pool.match(seq.prefix, seq.token_ids, last))
+        while index < last // self.pool.block_size:
+            if seq.prefix.block(index, seq.token_ids)[0] not in coming:
+                break
+            index += 1
+        size = self.pool.block_size
+        return (index - known) * size > len(seq.token_ids) - index * size
 
     def _admit(self, seq: Sequence) -> bool:
         """Moves a waiting sequence to the running ones if slot and blocks are there."""
-        if len(self.running) >= self.max_num_seqs:
+        if not self._has_slot:
             return False
         # The last token is computed in any case, since its logits choose the next one.
         matched = self.pool.match(seq.prefix, seq.token_ids, len(seq.token_ids) - 1)
@@ -187,9 +248,11 @@ class Scheduler:
         if not self.pool.can_allocate(num_new, matched):
             return False
         self.pool.take(matched)
-        seq.block_table = matched + self.pool.allocate(num_new)
+        seq.block_table = array("q", matched + self.pool.allocate(num_new))
         seq.num_known_blocks = len(matched)
         seq.num_computed = len(matched) * self.pool.block_size
+        if seq.started_at is None:
+            seq.started_at = time.monotonic()
         if seq.num_output_tokens == 0:
             seq.num_cached = seq.num_computed
             self.prefix_query_tokens += seq.num_prompt_tokens
@@ -205,7 +268,7 @@ class Scheduler:
         """
         while self.pool.blocks_for(len(seq.token_ids)) > len(seq.block_table):
             if self.pool.can_allocate(1):
-                seq.block_table += self.pool.allocate(1)
+                seq.block_table.extend(self.pool.allocate(1))
             else:
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -226,7 +289,9 @@ class Scheduler:
             self.pool.remember(seq.block_table[index], *seq.prefix.block(index, seq.token_ids))
             seq.num_known_blocks = index + 1
 
-    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> GenerationDelta:
+    def _append(
+        self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> GenerationDelta:
         """Books one sampled token: its text, and whether it ends the answer."""
         matcher = seq.matcher
         if matcher is not None and token != INVALID_TOKEN:
@@ -237,6 +302,12 @@ class Scheduler:
             fault = EngineFault("the model's output is not a number for this input")
             return self.finish(seq, "error", error=fault)
         seq.token_ids.append(token)
+        is_first = seq.first_token_at is None
+        if is_first:
+            seq.first_token_at = now
+            self.num_prompt_tokens += seq.num_prompt_tokens
+        seq.last_token_at = now
+        self.num_generated_tokens += 1
         end = partial(
             self.finish, seq, token_ids=(token,), logprobs=() if logprobs is None else (logprobs,)
         )
@@ -256,4 +327,5 @@ class Scheduler:
         return GenerationDelta(
             seq.request_id, text, (token,), usage=seq.usage,
             logprobs=() if logprobs is None else (logprobs,),
+            timing=seq.timing if is_first else None,
         )  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import time
 from array import array
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from models.engine.block_pool import Prefix
-from models.engine.messages import GenerationRequest, Usage
+from models.engine.messages import GenerationRequest, Timing, Usage
 from models.engine.output_text import Decodes, OutputText
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached = 0
         """Prompt tokens that the prefix cache held when the request was first admitted."""
-        self.block_table: list[int] = []
+        self.block_table = array("q")  # its bytes become a tensor's as they are
         self.num_known_blocks = 0
         self.prefix = Prefix(block_size, request.images)
         self.text = OutputText(tokenizer, request.params.stop, request.params.min_tokens)
@@ -47,6 +48,11 @@ class Sequence:
         """Projected embeddings by index of `images`, held while the prefill still needs them."""
         self.guide: Future[Matcher] | None = None
         """What the answer must follow, once it has been compiled; until then it waits."""
+        self.arrived_at = request.arrived_at
+        self.queued_at = time.monotonic()
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -70,9 +76,16 @@ class Sequence:
     def usage(self) -> Usage:
         return Usage(self.num_prompt_tokens, self.num_output_tokens, self.num_cached)
 
+    @property
+    def timing(self) -> Timing:
+        return Timing(
+            self.arrived_at, self.queued_at, self.started_at,
+            self.first_token_at, self.last_token_at,
+        )  # fmt: skip
+
     def forget_computed(self) -> None:
         """Back to nothing computed: its blocks have been given back."""
         self.num_computed = 0
         self.num_known_blocks = 0
-        self.block_table = []
+        self.block_table = array("q")
         self.image_embeddings.clear()

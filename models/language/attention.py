@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.language.kv_cache import KVCache, KVCacheShape
+from models.native import Kernels, kernels
+from models.native.library import BLOCK_MULTIPLE, HEAD_DIMS
 
 
 class Span(NamedTuple):
@@ -78,9 +80,11 @@ class AttentionBatch:
         all_positions = torch.cat(positions)
 
         width = max((-(-span.end // size) for span in decodes), default=0)
-        used = [span.block_table[: -(-span.end // size)] for span in decodes]
-        padded = [[*table, *[0] * (width - len(table))] for table in used]
-        tables = torch.tensor(padded, dtype=torch.long).view(num_decodes, width)
+        tables = torch.zeros((num_decodes, width), dtype=torch.long)
+        rows = tables.numpy()
+        for row, span in enumerate(decodes):
+            used = -(-span.end // size)
+            rows[row, :used] = span.block_table[:used]
         mask = torch.arange(width * size) < ends.unsqueeze(1)
 
         prompts, row = [], num_decodes
@@ -131,7 +135,8 @@ def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.devic
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch
 ) -> Tensor:
-    """The portable backend: torch's own products over gathered blocks.
+    """Single queries by our own kernel where there is one, which reads blocks where they lie;
+    everything else by torch's products over gathered blocks.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -142,10 +147,7 @@ def attend(
     """
     out = torch.empty_like(q)
     if batch.num_decodes:
-        keys, values = cache.read(layer, batch.decode_tables)
-        queries = q[: batch.num_decodes]
-        decode = _decode_on_cpu if q.device.type == "cpu" else _decode
-        out[: batch.num_decodes] = decode(queries, keys, values, batch.decode_mask)
+        _decode(q[: batch.num_decodes], cache, layer, batch, out[: batch.num_decodes])
     for chunk in batch.prompts:
         rows = slice(chunk.first, chunk.last)
         keys, values = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
@@ -165,20 +167,42 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One query of each sequence.
+def _decode(q: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, out: Tensor) -> None:
+    """One query of each sequence, (sequences, heads, head_dim)."""
+    library = _kernels_for(cache.shape, q.device)
+    if library is not None:
+        library.paged_attention(
+            q, cache.keys[layer], cache.values[layer], batch.decode_tables,
+            batch.positions[: batch.num_decodes], out,
+        )  # fmt: skip
+        return
+    keys, values = cache.read(layer, batch.decode_tables)
+    if q.device.type == "cpu":
+        out.copy_(_two_products(q, keys, values, batch.decode_mask))
+    else:
+        out.copy_(_sdpa(q.unsqueeze(2), keys, values, batch.decode_mask).squeeze(2))
+
+
+def _kernels_for(shape: KVCacheShape, device: torch.device) -> Kernels | None:
+    if (
+        device.type != "cpu"
+        or shape.dtype != torch.bfloat16
+        or shape.head_dim not in HEAD_DIMS
+        or shape.block_size % BLOCK_MULTIPLE
+    ):
+        return None
+    return kernels()
+
+
+def _two_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of single queries with the scores in float32, as torch's fused kernel for CPUs has
+    them. That one takes 4 to 15 times as long for single queries in bfloat16.
 
     Args:
         q: (sequences, heads, head_dim).
         keys, values: (sequences, kv_heads, tokens, head_dim).
         mask: (sequences, 1, 1, tokens).
     """
-    return _sdpa(q.unsqueeze(2), keys, values, mask).squeeze(2)
-
-
-def _decode_on_cpu(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """`_decode` as two products with the scores in float32, as torch's fused kernel has them. That
-    one takes 4 to 15 times as long for single queries in bfloat16."""
     grouped = q.unflatten(1, (keys.shape[1], -1)).float() * q.shape[-1] ** -0.5
     scores = grouped @ keys.float().transpose(-1, -2)
     weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)

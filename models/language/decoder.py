@@ -16,6 +16,7 @@ from models.language.attention import AttentionBatch, attend
 from models.language.families import attention_bias
 from models.language.kv_cache import KVCache, head_dim
 from models.language.rope import RotaryEmbedding, rotate
+from models.native import kernels
 from models.placement import Placement
 
 
@@ -148,5 +149,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocabulary), float32, on the head's device."""
-        out: Tensor = self.lm_head(hidden.to(self.placement.head))
+        hidden = hidden.to(self.placement.head)
+        weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            library = kernels()
+            if library is not None:
+                return library.dense_matmul(hidden.contiguous(), weight)
+        out: Tensor = self.lm_head(hidden)
         return out.float()

@@ -93,6 +93,7 @@ def deployer() -> Iterator[Deployer]:
     ray.init(
         address="local", num_cpus=32, include_dashboard=False, object_store_memory=100 << 20,
         log_to_driver=False, configure_logging=False, namespace="serve",
+        _system_config={"metrics_report_interval_ms": 1000},
     )  # fmt: skip
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:

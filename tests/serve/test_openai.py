@@ -16,7 +16,7 @@ import openai
 import pytest
 import requests
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from models.demo import simple_scene
@@ -109,6 +109,8 @@ def test_asynchronously_many_at_once(demo: Worker) -> None:
 
 
 class Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     colour: Literal["red", "purple", "blue"]
     shape: Literal["ring", "star"]
 
@@ -122,6 +124,7 @@ def test_structured_output(client: openai.OpenAI) -> None:
     assert parsed.colour == "purple"
     for form in (
         {"guided_choice": ["It is red.", "It is purple.", "It is blue."]},
+        {"guided_regex": r"It is (red|purple|blue)\."},
         {"structured_outputs": {"regex": r"It is (red|purple|blue)\."}},
     ):
         chosen = client.chat.completions.create(
@@ -131,6 +134,18 @@ def test_structured_output(client: openai.OpenAI) -> None:
             extra_body=form,
         )
         assert chosen.choices[0].message.content == "It is purple."
+
+
+def test_structured_output_by_a_schema_streamed(client: openai.OpenAI) -> None:
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=about(RING), temperature=0, stream=True,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "shape", "schema": Shape.model_json_schema(), "strict": True},
+        },
+    )  # fmt: skip
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert Shape.model_validate_json(text).colour == "purple"
 
 
 def test_a_pathological_form_is_refused_and_stalls_nobody(client: openai.OpenAI) -> None:
@@ -179,6 +194,37 @@ def test_completions(client: openai.OpenAI) -> None:
     )
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert whole.choices[0].finish_reason == "length"
+
+
+def test_completions_of_token_ids(client: openai.OpenAI, demo: Worker) -> None:
+    prompt = "USER: Hello ASSISTANT:"
+    ids = requests.post(f"{demo.url}/tokenize", json={"prompt": prompt}, timeout=60).json()
+    given: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 5}
+    text = client.completions.create(prompt=prompt, **given).choices[0].text
+    answer = client.completions.create(prompt=[ids["tokens"]] * 2, echo=True, **given)
+    assert [choice.text for choice in answer.choices] == [prompt + text] * 2
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 2 * ids["count"]
+    with pytest.raises(openai.BadRequestError, match="vocabulary"):
+        client.completions.create(prompt=[999_999], **given)
+
+
+def test_a_seeded_answer_is_repeated(deploy: Deploy, tiny_llava: Any) -> None:
+    """In float32, where a prompt from the cache gives the same numbers as a computed one."""
+    exact = deploy("exact", model_path=str(tiny_llava), precision="W16A16", dtype="float32")
+    with openai.OpenAI(base_url=f"{exact.url}/v1", api_key="none") as client:
+        answers = [
+            client.chat.completions.create(
+                model="llava-tiny", messages=about(RING), temperature=3, seed=5, max_tokens=24, n=2
+            )
+            for _ in range(3)
+        ]
+    assert answers[1].usage is not None
+    assert answers[1].usage.prompt_tokens_details is not None
+    assert answers[1].usage.prompt_tokens_details.cached_tokens  # the second is from the cache
+    texts = [[choice.message.content for choice in answer.choices] for answer in answers]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0][0] != texts[0][1]
 
 
 def test_models_and_tokens(client: openai.OpenAI, demo: Worker) -> None:
@@ -248,6 +294,14 @@ def test_litellm(demo: Worker) -> None:
     chunks = litellm.completion(**given, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
 
+    async def stream() -> str:
+        chunks = await litellm.acompletion(**given, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    assert asyncio.run(stream()) == ANSWER
+    with pytest.raises(litellm.BadRequestError):
+        litellm.completion(**{**given, "top_p": 7})
+
 
 def test_vilas_own_route_with_vilas_own_client(demo: Worker) -> None:
     """serving/query_nvila.py is the openai package with another base address."""
@@ -258,6 +312,7 @@ def test_vilas_own_route_with_vilas_own_client(demo: Worker) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
         whole: Any = client.chat.completions.create(model=MODEL, messages=about(RING))
         assert whole.choices[0].message.content[0]["text"] == ANSWER
+        assert [model.id for model in client.models.list()] == [MODEL]
 
 
 class TestHandle:

@@ -1,4 +1,5 @@
-"""`serve run serve_config.yaml`, as the README says it, from another folder."""
+"""`serve run serve_config.yaml`, as the README says it, from another folder; with Ray's own proxy,
+and with HAProxy as `make serve` has it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -20,8 +22,16 @@ ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def haproxy_environment() -> dict[str, str]:
+    """As `eval "$(python -m deployments.ingress)"` sets it."""
+    printed = subprocess.run(
+        [sys.executable, "-m", "deployments.ingress"], capture_output=True, text=True, check=True
+    ).stdout
+    return dict(line.removeprefix("export ").split("=", 1) for line in printed.splitlines())
+
+
+@pytest.fixture(scope="module", params=["proxy", "haproxy"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("elsewhere")
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
     assert config["http_options"]["port"] == 21002
@@ -30,6 +40,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")
     } | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    environment["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+    if request.param == "haproxy":
+        environment |= haproxy_environment()
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -47,6 +60,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     try:
         wait_until(healthy, "the worker is up", START_TIMEOUT_S)
+        running = [child.name() for child in psutil.Process(process.pid).children(recursive=True)]
+        wanted = environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert ("haproxy" in running) == wanted
         yield address
     finally:
         process.send_signal(signal.SIGINT)

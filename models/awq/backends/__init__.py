@@ -7,15 +7,18 @@ import torch
 from models.awq.backends.base import Backend
 from models.awq.backends.cpu_int4 import CpuInt4
 from models.awq.backends.cpu_int4_bf16 import CpuInt4Bf16
+from models.awq.backends.cpu_native import CpuNative
 from models.awq.backends.cuda_int4 import CudaInt4
 from models.awq.backends.reference import Reference
 from models.errors import ConfigurationError
+from models.native import kernels
 from models.registry import Registry
 
 BACKENDS: Registry[Backend] = Registry("W4A16 backend", ConfigurationError)
 BACKENDS.register("reference", Reference())
 BACKENDS.register("cpu_int4", CpuInt4())
 BACKENDS.register("cpu_int4_bf16", CpuInt4Bf16())
+BACKENDS.register("cpu_native", CpuNative())
 BACKENDS.register("cuda_int4", CudaInt4())
 
 
@@ -26,7 +29,9 @@ def select_backend(device: torch.device, dtype: torch.dtype, *, bf16_copy: bool 
         bf16_copy: there is memory for a copy of the weights in 16 bits, should one be of use.
     """
     if device.type == "cpu" and dtype == torch.bfloat16:
-        # Its other dtypes are some 60 times slower.
+        if kernels():
+            return "cpu_native"
+        # torch's other dtypes are some 60 times slower.
         return "cpu_int4_bf16" if bf16_copy else "cpu_int4"
     if device.type == "cuda" and dtype == torch.bfloat16:
         return "cuda_int4"  # tinygemm has no other dtype

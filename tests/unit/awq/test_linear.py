@@ -16,9 +16,11 @@ from models.awq.backends.cpu_int4 import scale_and_offset
 from models.awq.backends.cpu_int4_bf16 import MANY_ROWS
 from models.awq.backends.cuda_int4 import INNER_K_TILES, CudaInt4, unpack_tinygemm
 from models.errors import ConfigurationError
+from models.native import kernels
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+CPU_BACKENDS = ["reference", "cpu_int4", "cpu_int4_bf16", *(["cpu_native"] if kernels() else [])]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -77,7 +79,7 @@ def test_fp16_scales_are_widened_before_bf16_is_rounded() -> None:
 # ---- the layer ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_int4", "cpu_int4_bf16"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("shape", [(128,), (1, 128), (3, 128), (2, 5, 128), (0, 128)])
 def test_leading_dimensions_are_kept(backend: str, shape: tuple[int, ...]) -> None:
     layer = build(random_weight(32, 128), backend, torch.bfloat16)
@@ -87,7 +89,7 @@ def test_leading_dimensions_are_kept(backend: str, shape: tuple[int, ...]) -> No
     assert "out_features=32" in repr(layer) and backend in repr(layer)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_int4", "cpu_int4_bf16"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_bias_is_added(backend: str) -> None:
     weight, x = random_weight(32, 128), inputs(3, 128, torch.bfloat16)
     bias = torch.arange(32.0)
@@ -96,7 +98,7 @@ def test_a_bias_is_added(backend: str) -> None:
     assert torch.equal(with_bias, without + bias.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_int4", "cpu_int4_bf16"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_fused_layers_are_the_separate_layers_joined(backend: str, rows: int) -> None:
     dtype = torch.float32 if backend == "reference" else torch.bfloat16
@@ -202,7 +204,8 @@ def test_a_backend_whose_arithmetic_is_not_as_expected_is_replaced(
     assert "torch changed its order" in caplog.text
 
 
-def test_backends_are_chosen_by_device_and_dtype() -> None:
+def test_backends_are_chosen_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.awq.backends.kernels", lambda: None)
     chosen = {
         (device, dtype): select_backend(torch.device(device), dtype)
         for device in ("cpu", "cuda")
@@ -212,12 +215,16 @@ def test_backends_are_chosen_by_device_and_dtype() -> None:
     assert select_backend(CPU, torch.bfloat16, bf16_copy=True) == "cpu_int4_bf16"
     assert select_backend(CPU, torch.float32, bf16_copy=True) == "reference"
     assert chosen.pop(("cuda", torch.bfloat16)) == "cuda_int4"
+    monkeypatch.setattr("models.awq.backends.kernels", object)
+    for copy in (False, True):
+        assert select_backend(CPU, torch.bfloat16, bf16_copy=copy) == "cpu_native"
+    assert select_backend(CPU, torch.float32) == "reference"
     assert chosen.pop(("cpu", torch.float32)) == chosen.pop(("cuda", torch.float32)) == "reference"
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones() -> None:
     with pytest.raises(
-        ConfigurationError, match="'marlin'; known: reference, cpu_int4, cpu_int4_bf16, cuda"
+        ConfigurationError, match="'marlin'; known: reference, cpu_int4, cpu_int4_bf16, cpu_native"
     ):
         build(random_weight(16, 128), "marlin", torch.float32)
 

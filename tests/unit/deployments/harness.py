@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI
@@ -20,8 +21,9 @@ from models.errors import EngineDead, InvalidRequest
 from models.prompts import Template, get_template
 
 if TYPE_CHECKING:
-    from models import Engine
+    from models import Engine, Prompt
     from models.engine.engine import Images
+    from models.engine.messages import FinishedRequest
 
 PATIENCE_S = 10.0
 """How long a test waits for what must happen; never reached unless it does not."""
@@ -66,12 +68,14 @@ class FakeEngine:
         self.dead: EngineDead | None = None
         self.closed = False
         self.running = 0
+        self.counted: dict[str, Any] = {}
+        self.finished: list[FinishedRequest] = []
         self.preparing: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
-        self.asked: list[tuple[str, list[Image.Image], SamplingParams, float | None]] = []
+        self.asked: list[tuple[Any, list[Image.Image], SamplingParams, float | None]] = []
 
     async def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Images = (),
         params: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         *,
@@ -110,6 +114,10 @@ class FakeEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids)
 
+    def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
+        if not all(0 <= i < self.tokenizer.vocab_size for i in token_ids):
+            raise InvalidRequest(field, "holds ids of no token")
+
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
@@ -117,12 +125,17 @@ class FakeEngine:
         return b"<s>" if token_id == self.tokenizer.bos_token_id else bytes([token_id])
 
     def stats(self) -> EngineStats:
-        return EngineStats(
+        stats = EngineStats(
             num_running=self.running, num_waiting=0, max_num_seqs=4, blocks_total=10,
             blocks_free=10, blocks_cached=0, blocks_used=0, block_size=16, image_cache_bytes=0,
             num_preemptions=0, num_steps=0, prefix_query_tokens=0, prefix_hit_tokens=0,
             dead=self.dead is not None,
         )  # fmt: skip
+        return replace(stats, **self.counted)
+
+    def take_finished(self) -> list[FinishedRequest]:
+        taken, self.finished = self.finished, []
+        return taken
 
     def check_health(self) -> None:
         if self.dead is not None:

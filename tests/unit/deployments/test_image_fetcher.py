@@ -155,7 +155,7 @@ class TestHosts:
         ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1",
          "0.0.0.0", "224.0.0.1", "255.255.255.255", "240.0.0.1", "::1", "::", "fc00::1", "fe80::1",
          "fe80::1%eth0", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
-         "2001:db8::1", "localhost", ""],
+         "2001:db8::1", "fec0::1", "::7f00:1", "64:ff9b:1::7f00:1", "5f00::1", "localhost", ""],
     )  # fmt: skip
     def test_addresses_that_are_not_public(self, address: str) -> None:
         assert not is_public(address)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.records import ERROR_TYPES, error_record, frame, text_record
+from deployments.error_types import ERROR_TYPES
+from deployments.records import error_record, frame, text_record
 from models import Usage
 from models.errors import (
     CheckpointError,

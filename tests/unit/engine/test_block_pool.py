@@ -64,10 +64,58 @@ def test_a_picture_that_starts_elsewhere_is_another_content() -> None:
 def test_a_hit_compares_contents_and_not_only_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     from models.engine import block_pool
 
-    monkeypatch.setattr(block_pool.BlockContent, "key", lambda self: b"all collide")
+    monkeypatch.setattr(block_pool.BlockContent, "key", lambda self, parent: b"all collide")
     pool = BlockPool(8, 4, enable_prefix_caching=True)
     first = fill(pool, [1, 2, 3, 4, 5])
     assert not set(fill(pool, [9, 9, 9, 9, 5])) & set(first)
+
+
+def test_equal_blocks_after_colliding_ones_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second blocks have the same tokens and, by their keys, the same parent."""
+    from models.engine import block_pool
+
+    key = block_pool.BlockContent.key
+    monkeypatch.setattr(
+        block_pool.BlockContent,
+        "key",
+        lambda self, parent: key(self, parent) if parent else b"the first blocks collide",
+    )
+    pool = BlockPool(16, 4, enable_prefix_caching=True)
+    common = [5, 6, 7, 8]
+    fill(pool, [1, 1, 1, 1, 0])
+    other = fill(pool, [2, 2, 2, 2, *common, 0])
+    mine = fill(pool, [1, 1, 1, 1, *common, 0])
+    assert not set(mine) & set(other)
+
+
+def test_what_a_hit_compares_does_not_grow_with_the_conversation() -> None:
+    pool = BlockPool(2048, 4, enable_prefix_caching=True)
+    tokens = list(range(8000))
+    pool.release(fill(pool, tokens))
+    prefix = Prefix(4, ())
+    prefix.block(1999, tokens)  # computed while it waited, and nothing was known yet
+    matched = pool.match(prefix, tokens, len(tokens))
+    assert len(matched) == 2000
+    parents = [prefix.block(i, tokens)[1].parent for i in range(1, 2000)]
+    assert all(
+        parent is pool._blocks[block_id].content
+        for parent, block_id in zip(parents, matched, strict=False)
+    )
+
+
+def test_nothing_is_evicted_while_blocks_are_free_and_then_the_oldest_goes() -> None:
+    pool = BlockPool(8, 4, enable_prefix_caching=True)
+    conversations = [[10 * n, 1, 2, 3, 4] for n in range(3)]  # one full block each
+    tables = [fill(pool, tokens) for tokens in conversations]
+    for table in tables:
+        pool.release(table)
+    assert (pool.num_free, pool.num_cached) == (5, 3)
+    pool.release(fill(pool, conversations[0]))  # used again: now the youngest
+    kept = fill(pool, [7] * 20)  # all that is free
+    assert (pool.num_free, pool.num_cached) == (0, 3)
+    evicted = [fill(pool, [n]) for n in (97, 98, 99)]
+    assert [block for (block,) in evicted] == [tables[n][0] for n in (1, 2, 0)]
+    pool.check_integrity([kept, *evicted])
 
 
 def test_eviction_takes_the_least_recently_used_and_the_chains_end_first() -> None:

@@ -77,6 +77,20 @@ def test_a_picture_larger_than_the_cache_is_served_and_not_kept() -> None:
     assert len(calls) == 2
 
 
+def test_requests_that_come_together_share_one_run_of_the_tower() -> None:
+    """Two new pictures of three requests, two of which ask about the same one behind other texts;
+    and asking again costs no further run."""
+    core = build_core(budget=256, seqs=3)
+    images, calls = cache(1 << 20)
+    core.runner.images = images
+    a, b = Picture(b"\0", 5), Picture(b"\1", 5)
+    for turn in range(2):
+        for name, start, picture in (("x", 1, a), ("y", 2, b), ("z", 6, a)):
+            core.add(request(f"{name}{turn}", range(2 + start, 22 + start), [(start, picture)]))
+        run_all(core)
+    assert calls == [[b"\0", b"\1"]]
+
+
 def test_a_long_prompt_keeps_its_embeddings_until_its_prefill_is_past_them() -> None:
     """Chunks smaller than the picture, and no cache at all: the tower still runs once."""
     core = build_core(budget=3, image_bytes=0, caching=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -39,7 +40,13 @@ def truncated() -> Image.Image:
     [
         (None, [], "prompt", "is NoneType; it must be a string"),
         (b"text", [], "prompt", "is bytes; it must be a string"),
-        (["text"], [], "prompt", "is list; it must be a string"),
+        (["text"], [], "prompt", "is list; it must be a string or a list of token ids"),
+        ([3, True], [], "prompt", "is list; it must be a string or a list of token ids"),
+        ([3, 400], [], "prompt", "400 is outside of the vocabulary"),
+        ([IMAGE_TOKEN_ID], [], "prompt", "-200 is outside of the vocabulary"),
+        ([3], [PICTURE], "prompt", "one about pictures must be text"),
+        ([], [], "prompt", "is empty"),
+        ([3] * 100, [], "prompt", "must fit into the context of 100"),
         ("half \ud83d", [], "prompt", "half of a surrogate pair"),
         ("x " * 200, [], "prompt", "must fit into the context of 100; shorten it"),
         ("<image>" * 7, [PICTURE] * 7, "prompt", "pictures included"),
@@ -53,7 +60,7 @@ def truncated() -> Image.Image:
     ],
 )
 def test_a_wrong_request_is_refused_with_its_field(
-    preparer: RequestPreparer, prompt: str, images: list[Image.Image], field: str, message: str
+    preparer: RequestPreparer, prompt: Any, images: list[Image.Image], field: str, message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
         preparer.prepare(prompt, images, PARAMS)
@@ -103,6 +110,12 @@ def test_pictures_take_their_positions_in_order(preparer: RequestPreparer) -> No
     positions = [i for i, token in enumerate(request.token_ids) if token == IMAGE_TOKEN_ID]
     assert positions == [*range(first.start, first.end), *range(second.start, second.end)]
     assert first.end - first.start == second.end - second.start == 16 and first.end < second.start
+
+
+def test_token_ids_are_a_prompt_as_they_are(preparer: RequestPreparer) -> None:
+    ids = preparer.prepare("some text", [], PARAMS).token_ids
+    for given in (ids, tuple(ids), ids[1:]):  # no beginning of the sequence is added
+        assert preparer.prepare(given, [], PARAMS).token_ids == list(given)
 
 
 @pytest.mark.parametrize("prompt", ["", "text", "<image>", "a <image> b <image>\n</s>"])

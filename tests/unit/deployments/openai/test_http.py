@@ -148,6 +148,15 @@ class TestWhole:
             "a A red circle.", "a A red circle.", "b A red circle.", "b A red circle.",
         ]  # fmt: skip
 
+    async def test_a_prompt_of_token_ids_reaches_the_engine_as_it_is(self) -> None:
+        worker = make_worker()
+        answer = await post(worker, COMPLETIONS, prompt=[[104, 105], [256]], echo=True)
+        assert [prompt for prompt, *_ in engine_of(worker).asked] == [(104, 105), (256,)]
+        texts = [choice["text"] for choice in answer.json["choices"]]
+        assert texts == ["hiA red circle.", "A red circle."]
+        error = await refused(worker, 400, COMPLETIONS, prompt=[257], echo=True)
+        assert error["param"] == "prompt"
+
     async def test_no_tokens_at_all(self) -> None:
         answer = await post(make_worker(), COMPLETIONS, prompt="a", echo=True, max_tokens=0)
         assert answer.json["choices"][0]["text"] == "a"
@@ -215,8 +224,15 @@ class TestStreamed:
         options = {"include_usage": True, "continuous_usage_stats": True}
         answer = await post(make_worker(), stream=True, stream_options=options)
         used = [event["usage"]["completion_tokens"] for event in answer.events]
+        assert used[0] == 0  # with the role
         assert used[-1] == used[-2] == 3
-        assert all(earlier <= later for earlier, later in pairwise(used))
+        assert all(earlier < later for earlier, later in pairwise(used[:-1]))
+        assert {event["usage"]["prompt_tokens"] for event in answer.events} == {PROMPT_TOKENS}
+
+    async def test_continuous_usage_knows_the_prompt_whichever_choice_comes_first(self) -> None:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        answer = await post(make_worker(), stream=True, stream_options=options, n=3)
+        assert {event["usage"]["prompt_tokens"] for event in answer.events} == {PROMPT_TOKENS}
 
     async def test_several_choices_share_the_stream(self) -> None:
         answer = await post(make_worker(), stream=True, n=3)
@@ -299,6 +315,14 @@ class TestLogprobs:
             ],
             "text_offset": [0, 1],
         }  # fmt: skip
+
+    async def test_zero_of_a_completion_are_the_chosen_tokens_own(self) -> None:
+        script = GenerationDelta(
+            "r", "A", (65,), "length", Usage(PROMPT_TOKENS, 1),
+            logprobs=(TokenLogprobs(65, -0.5, ()),),
+        )  # fmt: skip
+        answer = await post(make_worker(FakeEngine([script])), COMPLETIONS, prompt="a", logprobs=0)
+        assert answer.json["choices"][0]["logprobs"]["top_logprobs"] == [{"A": -0.5}]
 
     async def test_unasked_there_are_none(self) -> None:
         answer = await post(make_worker())
@@ -547,6 +571,7 @@ class TestBesides:
         assert model["max_model_len"] == FakeEngine.context_length
         assert "multimodal" in body["models"][0]["capabilities"]
         assert (await self.get("/v1/models/demo")).json == model
+        assert (await self.get("/models")).json == body
         missing = await self.get("/v1/models/org/other")
         assert (missing.status, missing.json["error"]["type"]) == (404, "NotFoundError")
 

@@ -161,6 +161,7 @@ def test_a_wrong_form_is_refused_by_the_name_it_was_sent_under(
         ({"ignore_eos": "yes"}, "ignore_eos"), ({"stream": "true"}, "stream"),
         ({"stream": 1}, "stream"), ({"model": 5}, "model"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {"include_usage": None}}, "stream_options"),
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -183,13 +184,18 @@ def test_tools_that_must_not_be_called_are_no_harm() -> None:
 def test_prompts_of_a_completion() -> None:
     assert complete().prompts == ("hi",)
     assert complete(prompt=["a", "b"], n=4).prompts == ("a", "b")
+    assert complete(prompt=[1, 2.0]).prompts == ((1, 2),)
+    assert complete(prompt=[[1, 2], [3]]).prompts == ((1, 2), (3,))
+    assert complete(prompt=["a", [3]]).prompts == ("a", (3,))
 
 
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"prompt": None}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, 2]}, "prompt"),
-        ({"prompt": [[1], [2]]}, "prompt"), ({"prompt": {}}, "prompt"),
+        ({"prompt": None}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [[1], 2]}, "prompt"), ({"prompt": {}}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"), ({"prompt": [True]}, "prompt"), ({"prompt": 5}, "prompt"),
+        ({"prompt": [1] * 1001}, "prompt"), ({"prompt": [[[1]]]}, "prompt"),
         ({"prompt": "what is <image>"}, "prompt"), ({"prompt": "a" * 1001}, "prompt"),
         ({"prompt": ["a"] * 5, "n": 2}, "prompt"), ({"suffix": "x"}, "suffix"),
         ({"echo": True, "logprobs": 1}, "echo"), ({"logprobs": 21}, "logprobs"),
