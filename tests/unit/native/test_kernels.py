@@ -20,9 +20,8 @@ def filled_cache(kv_heads: int, head_dim: int, block_size: int, blocks: int) -> 
     shape = KVCacheShape(2, kv_heads, head_dim, block_size, torch.bfloat16)
     cache = KVCache(shape, blocks, CPU)
     generator = torch.Generator().manual_seed(0)
-    for layers in (cache.keys, cache.values):
-        for one in layers:
-            one.normal_(generator=generator)
+    for vectors in (*cache.keys, *cache.values):
+        vectors.normal_(generator=generator)
     return cache
 
 
