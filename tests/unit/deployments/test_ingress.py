@@ -118,7 +118,7 @@ def test_a_shell_can_take_the_choice_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _found(monkeypatch, True)
-    main()
+    main([])
     script = capsys.readouterr().out + 'echo "$' + ENABLE + " $" + PORTS[0] + '"'
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["1", os.environ[PORTS[0]]]
