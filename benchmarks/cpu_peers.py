@@ -5,9 +5,9 @@
 FOLDER holds ggml's shared libraries, e.g. `llama_cpp/lib` of llama-cpp-python, built for this
 machine. onnxruntime (with onnx) is an arm where it is installed. A pass is one layer, all four
 linears one after the other, whose weights are more than a cache holds, as in decoding. The arms
-take turns, each pass of an arm follows an unmeasured one, and so does reading memory, by which
-one row is judged. A layer's time is the sum of its linears' least of all passes. With one thread
-the clock is that thread's own, so that other processes' turns on its core do not count.
+take turns, and so does reading memory, by which one row is judged; where passes are short, an
+unmeasured one comes first. A layer's time is the sum of its linears' least of all passes. With one
+thread the clock is that thread's own, so that other processes' turns on its core do not count.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ GROUP = 128
 SECONDS = 0.15
 """Of one turn of one arm, at least one pass."""
 TURNS = 8
-FEWEST_TURNS = 3
+FEWEST_TURNS = 2
 """Where passes take longer than SECONDS."""
+LONG_ROWS = 64
+"""Passes of more take longer than SECONDS anyhow."""
 BUFFER_BYTES = 1 << 30
+PART_BYTES = 45 << 20
+"""As much as the largest linear has, for other processes to leave it alone as often."""
 PLOTS = Path(__file__).parent.parent / "docs"
 
 
@@ -50,7 +54,8 @@ class Reader:
     """Reads memory in order, in huge pages, with all threads and with one."""
 
     def __init__(self, threads: int) -> None:
-        self._memory = mmap.mmap(-1, BUFFER_BYTES)
+        # Shared memory, the default, gets no huge pages.
+        self._memory = mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._data = torch.frombuffer(self._memory, dtype=torch.int64)
         self._data.fill_(1)
@@ -60,8 +65,9 @@ class Reader:
     def turn(self) -> None:
         for threads in {1, self._threads}:
             torch.set_num_threads(threads)
-            seconds = min(_seconds(self._data.sum) for _ in range(3))
-            self.best_gb_per_s = max(self.best_gb_per_s, BUFFER_BYTES / seconds / 1e9)
+            for part in self._data.split(PART_BYTES // 8):
+                seconds = _seconds(part.sum)
+                self.best_gb_per_s = max(self.best_gb_per_s, part.nbytes / seconds / 1e9)
         torch.set_num_threads(self._threads)
 
 
@@ -102,13 +108,14 @@ def measure(
     }
     passes: dict[str, list[list[float]]] = {name: [] for name in layer}
     names = list(layer)
-    slow = False
+    slow = rows > LONG_ROWS
     for turn in tqdm(range(turns), f"{rows} rows"):
         if slow and turn >= FEWEST_TURNS:
             break
         reader.turn()
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _pass(calls[name])
+            if not slow:
+                _pass(calls[name])
             started = time.perf_counter()
             passes[name].append(_pass(calls[name]))
             slow |= time.perf_counter() - started > SECONDS

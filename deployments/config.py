@@ -107,6 +107,13 @@ class AppConfig(BaseModel):
         ge=1,
         description="Most tokens computed in a step; default: 2,048 on a GPU, 512 on a CPU.",
     )
+    max_prefill_slowdown: float | None = Field(
+        0.45,
+        gt=0,
+        description="By what share arriving prompts may raise the running streams' time per token, "
+        "on average: the smaller, the longer new requests wait for their first token. null: no "
+        "limit.",
+    )
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of each GPU's memory for weights and KV cache together."
@@ -317,8 +324,9 @@ class AppConfig(BaseModel):
     def engine_options(self) -> dict[str, Any]:
         """The part that `models.load_engine` takes as they are, less `max_num_seqs`."""
         names = (
-            "max_model_len", "max_num_batched_tokens", "block_size", "gpu_memory_utilization",
-            "kv_cache_bytes", "enable_prefix_caching", "image_cache_bytes", "bf16_copy",
+            "max_model_len", "max_num_batched_tokens", "max_prefill_slowdown", "block_size",
+            "gpu_memory_utilization", "kv_cache_bytes", "enable_prefix_caching",
+            "image_cache_bytes", "bf16_copy",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

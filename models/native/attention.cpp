@@ -69,8 +69,9 @@ struct Cache {
     int64_t block_size;             // a multiple of 16
 };
 
+// `next`: the keys that come after these, wherever they lie.
 template <int64_t HEAD_DIM>
-__m512 scores_of(const uint16_t* q, const uint16_t* keys) {
+__m512 scores_of(const uint16_t* q, const uint16_t* keys, const uint16_t* next) {
     constexpr int64_t REGISTERS = HEAD_DIM / 32;
     __m512bh query[REGISTERS];
 #pragma GCC unroll 8
@@ -80,10 +81,12 @@ __m512 scores_of(const uint16_t* q, const uint16_t* keys) {
     for (int64_t position = 0; position < LANES; ++position) {
         dot[position] = _mm512_setzero_ps();
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < REGISTERS; ++i)
-            dot[position] = _mm512_dpbf16_ps(
-                dot[position], query[i],
-                (__m512bh)_mm512_loadu_si512(keys + position * HEAD_DIM + 32 * i));
+        for (int64_t i = 0; i < REGISTERS; ++i) {
+            const int64_t at = position * HEAD_DIM + 32 * i;
+            _mm_prefetch(next + at, _MM_HINT_T0);
+            dot[position] = _mm512_dpbf16_ps(dot[position], query[i],
+                                             (__m512bh)_mm512_loadu_si512(keys + at));
+        }
     }
     return sums_of(dot);
 }
@@ -97,11 +100,16 @@ void weigh(const Cache& cache, const int64_t* table, int64_t length, const float
     for (int64_t head = 0; head < HEADS; ++head)
         for (int64_t i = 0; i < REGISTERS; ++i) total[head][i] = _mm512_setzero_ps();
     for (int64_t start = 0; start < length; start += cache.block_size) {
-        const uint16_t* value =
-            cache.values + table[start / cache.block_size] * cache.block_size * HEAD_DIM;
+        const int64_t block = start / cache.block_size;
         const int64_t end =
             length - start < cache.block_size ? length : start + cache.block_size;
-        for (int64_t position = start; position < end; ++position, value += HEAD_DIM) {
+        const uint16_t* value = cache.values + table[block] * cache.block_size * HEAD_DIM;
+        const uint16_t* next =
+            cache.values + table[end < length ? block + 1 : block] * cache.block_size * HEAD_DIM;
+        for (int64_t position = start; position < end;
+             ++position, value += HEAD_DIM, next += HEAD_DIM) {
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < HEAD_DIM; i += 32) _mm_prefetch(next + i, _MM_HINT_T0);
             __m512 weight[HEADS];
 #pragma GCC unroll 2
             for (int64_t head = 0; head < HEADS; ++head)
@@ -132,12 +140,15 @@ template <int64_t HEAD_DIM>
 void attend(const Cache& cache, const int64_t* table, int64_t length, const uint16_t* q,
             int64_t heads, float scale, float* scratch, int64_t stride, uint16_t* out) {
     float* sums = scratch + heads * stride;
+    const auto keys_at = [&](int64_t position) {
+        position = position < length ? position : 0;
+        const int64_t block = position / cache.block_size, offset = position % cache.block_size;
+        return cache.keys + (table[block] * cache.block_size + offset) * HEAD_DIM;
+    };
     for (int64_t start = 0; start < length; start += LANES) {
-        const int64_t block = start / cache.block_size, offset = start % cache.block_size;
-        const uint16_t* keys =
-            cache.keys + (table[block] * cache.block_size + offset) * HEAD_DIM;
+        const uint16_t *keys = keys_at(start), *next = keys_at(start + LANES);
         for (int64_t head = 0; head < heads; ++head) {
-            const __m512 scores = _mm512_mul_ps(scores_of<HEAD_DIM>(q + head * HEAD_DIM, keys),
+            const __m512 scores = _mm512_mul_ps(scores_of<HEAD_DIM>(q + head * HEAD_DIM, keys, next),
                                                 _mm512_set1_ps(scale));
             _mm512_storeu_ps(scratch + head * stride + start, scores);
         }

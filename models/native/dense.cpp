@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t MOST_ROWS = 4;
 constexpr int64_t OUTPUTS = 4;  // at a time: so many rows of W stay in the nearest cache
 constexpr int64_t LANES = 32;
-constexpr int64_t PREFETCH_VALUES = 1024;
 
 template <int64_t ROWS>
 void multiply(const uint16_t* w, const uint16_t* x, int64_t k, float* y, int64_t n,
@@ -30,7 +29,7 @@ void multiply(const uint16_t* w, const uint16_t* x, int64_t k, float* y, int64_t
         for (int64_t output = 0; output < OUTPUTS; ++output) {
             // Where outputs run out, the last one is computed again.
             const uint16_t* from = w + (output < outputs ? output : outputs - 1) * k + at;
-            _mm_prefetch(from + PREFETCH_VALUES, _MM_HINT_T0);
+            _mm_prefetch(from + OUTPUTS * k, _MM_HINT_T0);  // for the next call
             const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 #pragma GCC unroll 4
             for (int64_t row = 0; row < ROWS; ++row)

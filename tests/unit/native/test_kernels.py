@@ -20,8 +20,8 @@ def filled_cache(kv_heads: int, head_dim: int, block_size: int, blocks: int) -> 
     shape = KVCacheShape(2, kv_heads, head_dim, block_size, torch.bfloat16)
     cache = KVCache(shape, blocks, CPU)
     generator = torch.Generator().manual_seed(0)
-    cache.keys.normal_(generator=generator)
-    cache.values.normal_(generator=generator)
+    for vectors in (*cache.keys, *cache.values):
+        vectors.normal_(generator=generator)
     return cache
 
 
@@ -41,7 +41,7 @@ def in_float64(q: Tensor, cache: KVCache, layer: int, spans: list[Span]) -> Tens
     for query, span in zip(q.double(), spans, strict=True):
         blocks = list(span.block_table)
         keys, values = (
-            torch.cat([c[layer, b] for b in blocks], dim=1)[:, : span.end].double()
+            torch.cat([c[layer][b] for b in blocks], dim=1)[:, : span.end].double()
             for c in (cache.keys, cache.values)
         )
         keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
@@ -80,7 +80,7 @@ def test_large_scores_and_stale_values_beyond_the_end_do_no_harm() -> None:
     q = 50 * torch.randn(1, 2, 64).bfloat16()  # scores in the hundreds
     wanted = in_float64(q, cache, 0, spans)
     last = spans[0].block_table[1]
-    cache.keys[0, last, :, 4:], cache.values[0, last, :, 4:] = torch.inf, torch.nan
+    cache.keys[0][last, :, 4:], cache.values[0][last, :, 4:] = torch.inf, torch.nan
     got = decode(q, cache, 0, spans)
     assert ((got.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
 
