@@ -11,6 +11,7 @@ import torch
 
 from models import Engine, SamplingParams, load_engine
 from models.errors import CheckpointError, ConfigurationError
+from models.native import kernels
 from tests.checkpoint_files import awq_file, rewrite_json
 from tests.parity.test_tokens import QUESTIONS, WIDE
 from tests.tiny import write_tiny_llava, write_tiny_vila
@@ -52,7 +53,8 @@ def test_each_layout_answers_in_each_precision_by_default(
     assert text and (said["layout"], said["precision"]) == (layout, precision)
     if not torch.cuda.is_available():
         assert said["dtype"] == "bfloat16"
-        assert said["backend"].startswith("cpu_" if precision == "W4A16" else "torch")
+        int4 = "cpu_native" if kernels() else "cpu_int4_bf16"
+        assert said["backend"] == (int4 if precision == "W4A16" else "torch")
         linear = core_of(engine).runner.decoder.model.layers[0].mlp.down_proj  # type: ignore[union-attr]
         assert getattr(linear, "backend", "torch") == said["backend"]
 
