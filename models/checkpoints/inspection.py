@@ -72,7 +72,7 @@ def inspect_checkpoint(
         CheckpointError: it cannot be served; says why.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = _open(model_path, quant_path, precision)
+    checkpoint, refused = _open(model_path, quant_path, precision)
     spec = checkpoint.spec
     context = min(context or spec.context_length, spec.context_length)
     concurrency = concurrency or CONCURRENCY[device]
@@ -90,7 +90,12 @@ def inspect_checkpoint(
         backend = select_backend(torch.device(device), dtype, bf16_copy=copies)
     first = checkpoint.language.quantized_linears()[:1]
     sections: dict[str, Section] = {
-        "checkpoint": {"layout": spec.layout, "precision": spec.precision, "path": str(spec.root)},
+        "checkpoint": {
+            "layout": spec.layout,
+            "precision": spec.precision,
+            "path": str(spec.root),
+            "not served as": refused,
+        },
         "language model": _language(spec),
         "vision tower": _tower(spec),
         "projector": _projector(spec),
@@ -141,11 +146,13 @@ def render(inspection: Inspection) -> str:
 
 def _open(
     model_path: str | Path, quant_path: str | Path | None, precision: Precision | None
-) -> Checkpoint:
+) -> tuple[Checkpoint, dict[str, str]]:
+    """In the first precision that can be served, and why the ones before it cannot."""
     problems: dict[str, str] = {}
     for candidate in (precision,) if precision else PRECISIONS:
         try:
-            return open_checkpoint(model_path, quant_path, candidate, may_download=False)
+            checkpoint = open_checkpoint(model_path, quant_path, candidate, may_download=False)
+            return checkpoint, problems
         except CheckpointError as error:
             problems[candidate] = str(error)
     if len(set(problems.values())) == 1:
@@ -245,7 +252,9 @@ def _memory(
 
 
 def _render_checkpoint(section: Section) -> list[str]:
-    return [f"{section['layout']} layout, served as {section['precision']}", section["path"]]
+    refused = [f"not as {name}: {reason}" for name, reason in section["not served as"].items()]
+    served = f"{section['layout']} layout, served as {section['precision']}"
+    return [served, section["path"], *refused]
 
 
 def _render_language(section: Section) -> list[str]:

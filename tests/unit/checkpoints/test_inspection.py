@@ -19,7 +19,7 @@ from models.checkpoints.inspection import inspect_checkpoint, render
 from models.checkpoints.synthesis import FAMILIES, OUTPUT_FORMATS, synthesize
 from models.checkpoints.synthesis.synthesize import GROUP_SIZES
 from models.errors import CheckpointError
-from tests.checkpoint_files import rewrite_json, rewrite_tensors
+from tests.checkpoint_files import awq_file, rewrite_json, rewrite_tensors
 
 
 @pytest.fixture
@@ -34,9 +34,23 @@ def llava(tmp_path: Path) -> Path:
     return folder
 
 
+def test_damaged_4_bit_weights_are_named_where_16_bit_ones_are_served(vila: Path) -> None:
+    assert inspect_checkpoint(vila).sections["checkpoint"]["not served as"] == {}
+    damaged = awq_file(vila)
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    found = inspect_checkpoint(vila)
+    assert found.sections["checkpoint"]["precision"] == "W16A16"
+    assert "not as W4A16: " in render(found) and damaged.name in render(found)
+
+
 def test_it_says_what_the_folder_holds(vila: Path) -> None:
     found = inspect_checkpoint(vila).sections
-    assert found["checkpoint"] == {"layout": "vila", "precision": "W4A16", "path": str(vila)}
+    assert found["checkpoint"] == {
+        "layout": "vila",
+        "precision": "W4A16",
+        "path": str(vila),
+        "not served as": {},
+    }
     language = found["language model"]
     assert (language["family"], language["layers"], language["vocabulary"]) == ("llama", 2, 400)
     assert (found["vision tower"]["kind"], found["vision tower"]["image size"]) == ("siglip", 28)
