@@ -20,6 +20,12 @@ from tests.serve.worker import free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
+HEEDING_SIGINT = (
+    "import os, signal, sys; "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
+"""Runs a command. What a shell has started in the background, these tests perhaps, ignores SIGINT,
+and so would all that it starts."""
 
 
 def haproxy_environment() -> dict[str, str]:
@@ -46,7 +52,10 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("serve"), "run", folder / "config.yaml"],
+            [
+                sys.executable, "-c", HEEDING_SIGINT,
+                Path(sys.executable).with_name("serve"), "run", folder / "config.yaml",
+            ],
             cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
