@@ -62,7 +62,10 @@ def measure(folder: Path, bf16_copy: bool) -> Figures:
     before = time.monotonic()
     base = _peak_gb()
     with load_engine(
-        folder, max_model_len=CONTEXT, max_num_seqs=max(STREAMS), bf16_copy=bf16_copy,
+        folder,
+        max_model_len=CONTEXT,
+        max_num_seqs=max(STREAMS),
+        bf16_copy=bf16_copy,
         max_prefill_slowdown=None,  # else the first stream would end before the last one begins
     ) as engine:
         load_s, peak = time.monotonic() - before, _peak_gb() - base - _kv_cache_gb(engine)

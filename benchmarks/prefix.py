@@ -4,9 +4,10 @@
         --format llm-awq-v2 /tmp/VILA1.5-3b
     python -m benchmarks.prefix /tmp/VILA1.5-3b [--record NAME]
 
-A question of 32 tokens after 16 to 4,096 tokens of history, once with a history that the engine has
-never seen (cold) and once as the next turn of a conversation that it has (warm). Beside it the time
-that reading the history's KV cache takes, one pass over as many bytes.
+A question of 32 tokens after 16 to 4,096 tokens of history (fewer where the context ends before),
+once with a history that the engine has never seen (cold) and once as the next turn of a
+conversation that it has (warm). Beside it the time that reading the history's KV cache takes, one
+pass over as many bytes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 HISTORIES = (16, 64, 256, 1024, 4096)
 QUESTION = 32
+ROOM = 384
+"""Tokens of a context that are left for a picture, the question and an answer."""
 ANSWER = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
 
 
@@ -160,13 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     busy = busy_cpus()
     results, goals = [], []
-    longest = max(HISTORIES) + 1024  # a picture and a question besides
-    with load_engine(options.folder, max_model_len=longest, max_num_seqs=1) as engine:
+    with load_engine(options.folder, max_num_seqs=1) as engine:
+        longest = engine.context_length - ROOM
         print("| history, tokens | pictures | cold, s | warm, s | warm / cold | read, s |")
         print("|---:|---:|---:|---:|---:|---:|")
         for pictured in (False, True):
             turns = []
-            for history in HISTORIES:
+            for history in sorted({min(history, longest) for history in HISTORIES}):
                 turn = measure(engine, history, pictured, options.repeats)
                 turns.append(turn)
                 print(
