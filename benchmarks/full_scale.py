@@ -26,7 +26,6 @@ from benchmarks.machine import busy_cpus
 from benchmarks.report import write_figures
 from models import SamplingParams
 from models.command_line import HelpFormatter
-from models.native import kernels
 
 if TYPE_CHECKING:
     from models import Engine
@@ -130,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a checkpoint, with 4-bit weights")
     parser.add_argument("--record", metavar="NAME", help="write benchmarks/records/NAME.json")
     options = parser.parse_args(arguments)
+    from models.native import kernels
+
     busy = busy_cpus()
     results = []
     # Where there are kernels of our own, a copy is not used.
