@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.goals import Goal
-from benchmarks.load import make_questions
+from benchmarks.load import Question, make_questions
 from benchmarks.machine import busy_cpus
 from benchmarks.report import plot_lines, print_goals, write_figures
 from models import SamplingParams
@@ -45,18 +45,18 @@ async def measure(engine: Engine, requests: int) -> list[int]:
     process = psutil.Process()
     samples: list[int] = []
     for first in range(0, requests, EVERY):
-        questions = iter(make_questions(first, EVERY))
-
-        async def ask() -> None:
-            for question in questions:  # noqa: B023 - all of a round share it
-                picture = Image.open(io.BytesIO(question.picture))
-                async for _ in engine.stream(question.prompt, [picture], ANSWER):
-                    pass
-
-        await asyncio.gather(*(ask() for _ in range(STREAMS)))
+        questions = iter(make_questions(first, EVERY))  # the streams share it
+        await asyncio.gather(*(_ask(engine, questions) for _ in range(STREAMS)))
         samples.append(process.memory_info().rss)
         print(f"{first + EVERY}: {samples[-1] / 1e6:.1f} MB", flush=True)
     return samples
+
+
+async def _ask(engine: Engine, questions: Iterator[Question]) -> None:
+    for question in questions:
+        picture = Image.open(io.BytesIO(question.picture))
+        async for _ in engine.stream(question.prompt, [picture], ANSWER):
+            pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

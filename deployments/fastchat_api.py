@@ -118,7 +118,7 @@ def fastchat_routes(worker: ModelWorker) -> APIRouter:
         try:
             params = await read_params(request, worker)
             record: dict[str, Any] = {}
-            async with aclosing(worker.generate_stream(params)) as records:  # type: ignore[type-var]
+            async with aclosing(worker.generate_stream(params)) as records:
                 async for latest in records:
                     record = latest
         except Exception as error:

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import io
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
@@ -74,7 +74,7 @@ class ModelWorker:
             max_prompt_chars=self._limits.max_prompt_chars,
         )
 
-    async def generate_stream(self, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def generate_stream(self, params: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Answers one request of the worker protocol, as records of cumulative text.
 
         The first record comes at once and holds the prompt alone; while nothing new comes, the
@@ -96,7 +96,7 @@ class ModelWorker:
                 sign_of_life_s=self.config.sign_of_life_s,
             )
             del params, request  # megabytes of base64, not to be held until the answer's end
-            async with aclosing(updates):  # type: ignore[type-var]
+            async with aclosing(updates):
                 if not is_empty:
                     yield text_record(text, Usage())
                 async for update in updates:
@@ -105,12 +105,12 @@ class ModelWorker:
                     text += update.text
                     yield text_record(text, update.usage, update.finish_reason)
 
-    async def generate_stream_gate(self, params: Any) -> AsyncIterator[bytes]:
+    async def generate_stream_gate(self, params: Any) -> AsyncGenerator[bytes, None]:
         """`generate_stream` as bytes, each record with its zero byte, errors made into records."""
         try:
             records = self.generate_stream(params)
             del params
-            async with aclosing(records):  # type: ignore[type-var]
+            async with aclosing(records):
                 async for record in records:
                     yield frame(record)
         except Exception as error:
@@ -118,7 +118,7 @@ class ModelWorker:
 
     async def generate(
         self, params: dict[str, Any] | None = None, **more: Any
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """For Python callers: the answer in pieces, without the prompt and without repetitions.
 
         Args:
@@ -137,7 +137,7 @@ class ModelWorker:
         sent = 0
         records = self.generate_stream(request)
         del params, more, request
-        async with aclosing(records):  # type: ignore[type-var]
+        async with aclosing(records):
             async for record in records:
                 text = record["text"][sent:]
                 if text or record["finish_reason"] is not None:
@@ -148,7 +148,9 @@ class ModelWorker:
                         "usage": record["usage"],
                     }
 
-    async def chat(self, request: dict[str, Any]) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
+    async def chat(
+        self, request: dict[str, Any]
+    ) -> dict[str, Any] | AsyncGenerator[dict[str, Any], None]:
         """For Python callers: /v1/chat/completions, with the same shapes.
 
         Args:
@@ -233,7 +235,7 @@ class ModelWorker:
             "max_new_tokens": 2,
             "temperature": 0,
         }
-        async with aclosing(self.generate_stream(params)) as records:  # type: ignore[type-var]
+        async with aclosing(self.generate_stream(params)) as records:
             async for record in records:
                 last = record
         if last.get("finish_reason") is None:
@@ -256,9 +258,9 @@ class ModelWorker:
 
 
 async def _without_signs(
-    chunks: AsyncIterator[dict[str, Any] | None],
-) -> AsyncIterator[dict[str, Any]]:
-    async with aclosing(chunks):  # type: ignore[type-var]
+    chunks: AsyncGenerator[dict[str, Any] | None, None],
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(chunks):
         async for chunk in chunks:
             if chunk is not None:
                 yield chunk

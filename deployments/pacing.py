@@ -7,7 +7,7 @@ between two updates waits in one string. So a slow client costs memory for its o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -63,7 +63,7 @@ async def paced(
     *,
     min_interval_s: float,
     sign_of_life_s: float,
-) -> AsyncIterator[Update]:
+) -> AsyncGenerator[Update, None]:
     """Yields the first text at once, then an update at most every `min_interval_s` seconds.
 
     While nothing comes, an empty update every `sign_of_life_s`. The last one carries the

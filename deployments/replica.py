@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ class ModelReplica(ModelWorker):
 
     # ---- what handles call, logged as HTTP's requests are ------------------------------------
 
-    async def generate_stream(self, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def generate_stream(self, params: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         answer = super().generate_stream(params)
         del params  # megabytes of base64, not to be held until the answer's end
         logged = self.requests.streamed("generate_stream", serve_request_id, answer)
@@ -97,7 +97,7 @@ class ModelReplica(ModelWorker):
             async for record in logged:
                 yield record
 
-    async def generate_stream_gate(self, params: Any) -> AsyncIterator[bytes]:
+    async def generate_stream_gate(self, params: Any) -> AsyncGenerator[bytes, None]:
         answer = super().generate_stream_gate(params)
         del params
         logged = self.requests.streamed("generate_stream_gate", serve_request_id, answer)
@@ -107,7 +107,7 @@ class ModelReplica(ModelWorker):
 
     async def generate(
         self, params: dict[str, Any] | None = None, **more: Any
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         answer = super().generate(params, **more)
         del params, more
         logged = self.requests.streamed("generate", serve_request_id, answer)
@@ -115,7 +115,9 @@ class ModelReplica(ModelWorker):
             async for piece in logged:
                 yield piece
 
-    async def chat(self, request: dict[str, Any]) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
+    async def chat(
+        self, request: dict[str, Any]
+    ) -> dict[str, Any] | AsyncGenerator[dict[str, Any], None]:
         answer = super().chat(request)
         del request
         return await self.requests.called("chat", serve_request_id, answer)

@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -181,7 +181,7 @@ class RequestLog:
             listen(entry)
 
     def streamed(
-        self, route: str, request_id: Callable[[], str], answer: AsyncIterator[T]
+        self, route: str, request_id: Callable[[], str], answer: AsyncGenerator[T, None]
     ) -> AsyncGenerator[T, None]:
         """A method's answer, logged unless it is part of a request that is logged already."""
         return self._until_closed(self._open_call(route, request_id), answer)
@@ -198,7 +198,7 @@ class RequestLog:
         except BaseException as error:
             self._close_failed(entry, error)
             raise
-        if isinstance(value, AsyncIterator):
+        if isinstance(value, AsyncGenerator):
             return self._until_closed(entry, value)
         self.close(entry)
         return value
@@ -210,10 +210,10 @@ class RequestLog:
         return self.open(request_id_of(request_id()), "handle", route)
 
     async def _until_closed(
-        self, entry: RequestEntry | None, answer: AsyncIterator[T]
+        self, entry: RequestEntry | None, answer: AsyncGenerator[T, None]
     ) -> AsyncGenerator[T, None]:
         try:
-            async with aclosing(answer):  # type: ignore[type-var]
+            async with aclosing(answer):
                 async for item in answer:
                     yield item
         except BaseException as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -62,8 +62,8 @@ async def _answer(worker: ModelWorker, body: Any) -> Response:
             "choices": [{"message": message}],
         }  # fmt: skip
 
-    async def chunks(generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
-        async with aclosing(generation.chunks()) as answer:  # type: ignore[type-var]
+    async def chunks(generation: Generation) -> AsyncGenerator[dict[str, Any] | None, None]:
+        async with aclosing(generation.chunks()) as answer:
             async for chunk in answer:
                 if chunk is None:
                     yield None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,13 +80,13 @@ class Generation:
             TinyChatError: whatever is wrong with the request, the queue or the engine.
         """
         choices = [Choice() for _ in range(self.num_choices)]
-        async with aclosing(self.updates(WHOLE_INTERVAL_S)) as updates:  # type: ignore[type-var]
+        async with aclosing(self.updates(WHOLE_INTERVAL_S)) as updates:
             async for index, update in updates:
                 choices[index].add(update)
         used = usage_of([choice.usage for choice in choices], self.options.n)
         return self._answer.whole(choices, used)
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         """The answer in pieces; None is a sign of life.
 
         The first one comes with the first token, or where that is long in coming.
@@ -98,7 +98,7 @@ class Generation:
         usages = [Usage()] * self.num_choices
         begun = False
         interval_s = 1 / self._backend.config.max_records_per_s
-        async with aclosing(self.updates(interval_s)) as updates:  # type: ignore[type-var]
+        async with aclosing(self.updates(interval_s)) as updates:
             patience_ends = clock() + PATIENT_SIGNS * self._backend.config.sign_of_life_s
             async for index, update in updates:
                 if not begun and not update.has_news and clock() < patience_ends:
@@ -116,7 +116,7 @@ class Generation:
         if self.options.include_usage:
             yield self._answer.usage_chunk(usage_of(usages, self.options.n))
 
-    async def updates(self, interval_s: float) -> AsyncIterator[tuple[int, Update]]:
+    async def updates(self, interval_s: float) -> AsyncGenerator[tuple[int, Update], None]:
         """Which choice, and what is new in it. Holds the request's places meanwhile.
 
         Raises:
@@ -129,7 +129,7 @@ class Generation:
             streams = [self._start(index, images, interval_s) for index in range(self.num_choices)]
             del images  # each stream lets go of them once it has prepared its own
             try:
-                async with aclosing(merged(streams)) as updates:  # type: ignore[type-var]
+                async with aclosing(merged(streams)) as updates:
                     del streams
                     async for index, update in updates:
                         if update.stop_reason in self._template_stops:
@@ -161,7 +161,7 @@ class Generation:
         images: list[Image.Image] = await asyncio.get_running_loop().run_in_executor(None, decode)
         return images
 
-    def _start(self, index: int, images: Any, interval_s: float) -> AsyncIterator[Update]:
+    def _start(self, index: int, images: Any, interval_s: float) -> AsyncGenerator[Update, None]:
         config = self._backend.config
         deltas = self._backend.engine.stream(
             self._prompts[index // self.options.n],

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from deployments.pacing import Update
 
 
-async def merged(streams: Sequence[AsyncIterator[Update]]) -> AsyncIterator[tuple[int, Update]]:
+async def merged(
+    streams: Sequence[AsyncGenerator[Update, None]],
+) -> AsyncGenerator[tuple[int, Update], None]:
     """Yields (which stream, its update). What ends one of them with an error ends them all.
 
     Closing it, or cancelling whoever iterates over it, closes all streams.
     """
     if len(streams) == 1:
-        async with aclosing(streams[0]) as updates:  # type: ignore[type-var]
+        async with aclosing(streams[0]) as updates:
             async for update in updates:
                 yield 0, update
         return
@@ -40,11 +42,11 @@ async def merged(streams: Sequence[AsyncIterator[Update]]) -> AsyncIterator[tupl
 
 async def _read(
     index: int,
-    stream: AsyncIterator[Update],
+    stream: AsyncGenerator[Update, None],
     queue: asyncio.Queue[tuple[int, Update] | Exception | None],
 ) -> None:
     try:
-        async with aclosing(stream):  # type: ignore[type-var]
+        async with aclosing(stream):
             async for update in stream:
                 await queue.put((index, update))
     except Exception as error:

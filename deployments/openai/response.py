@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -64,7 +64,7 @@ class Attended(Response):
 async def respond(
     prepare: Awaitable[Generation],
     whole: Callable[[Generation], Awaitable[dict[str, Any]]] = Generation.whole,
-    chunks: Callable[[Generation], AsyncIterator[dict[str, Any] | None]] = Generation.chunks,
+    chunks: Callable[[Generation], AsyncGenerator[dict[str, Any] | None, None]] = Generation.chunks,
     describe: Describe = nested,
 ) -> Response:
     """A generation's response; what fails before the first chunk has a status of its own."""
@@ -80,11 +80,11 @@ async def respond(
 
 
 async def _events(
-    chunks: AsyncIterator[dict[str, Any] | None], describe: Describe
-) -> AsyncIterator[bytes]:
+    chunks: AsyncGenerator[dict[str, Any] | None, None], describe: Describe
+) -> AsyncGenerator[bytes, None]:
     begun = False
     try:
-        async with aclosing(chunks):  # type: ignore[type-var]
+        async with aclosing(chunks):
             async for chunk in chunks:
                 begun = True
                 yield SIGN_OF_LIFE if chunk is None else event(chunk)

@@ -9,8 +9,8 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,10 +127,10 @@ class MappableFile(TensorFile):
             self._fill(file, span)
         return span.as_strided(shape, stride).contiguous()
 
-    def _fill(self, file: BinaryIO, flat: Tensor) -> None:
+    def _fill(self, file: BufferedReader, flat: Tensor) -> None:
         octets = flat.view(torch.uint8).numpy().data
         while octets:
-            count = file.readinto(octets)  # type: ignore[attr-defined]
+            count = file.readinto(octets)
             if not count:
                 raise CheckpointError(f"{self.label} ends early: it was cut while it was read")
             octets = octets[count:]

@@ -40,7 +40,7 @@ from models.prompts import Template, Tokenizer
 
 PREPARE_THREADS = 4
 DEFAULT_PARAMS = SamplingParams()
-MAX_FINISHED = 100_000
+MAX_FINISHED = 10_000
 """Ended requests that are remembered for `take_finished`, should nobody call it."""
 
 Subscriber: TypeAlias = "Mailbox | queue.SimpleQueue[GenerationDelta]"

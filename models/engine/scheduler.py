@@ -158,12 +158,14 @@ class Scheduler:
         for seq in self.running:
             if id(seq) not in scheduled and budget > 0:
                 budget -= self._schedule_prompt(seq, budget, batch)
-        if self.num_preemptions == preempted and self._has_slot and self.waiting:
+        if self.num_preemptions == preempted and budget > 0 and self._has_slot and self.waiting:
             coming = {key for seq in self.running for key in self._keys_to_come(seq)}
             for seq in [s for s in self.waiting if s.is_ready]:
+                if budget <= 0:
+                    break
                 if self._gains_by_waiting(seq, coming):
                     continue
-                if budget <= 0 or not self._admit(seq):
+                if not self._admit(seq):
                     break
                 budget -= self._schedule_prompt(seq, budget, batch)
                 coming.update(self._keys_to_come(seq))
