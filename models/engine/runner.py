@@ -7,7 +7,8 @@ from torch import Tensor
 
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.scheduler import Batch, Chunk
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import Span
+from models.language.attention_backends import attention_backend
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache
 
@@ -22,11 +23,12 @@ class ModelRunner:
         self.images = images
         self.cache = cache
         self.device = device
+        self.layouts = attention_backend(device)
 
     def run(self, batch: Batch) -> Tensor:
         """(chunks that sample, vocabulary) float32 logits, in the order of `batch.sampling`."""
         spans = [Span(c.start, c.end, c.seq.block_table) for c in batch.chunks]
-        layout = AttentionBatch.build(spans, self.cache.shape, self.device)
+        layout = self.layouts.build(spans, self.cache.shape, self.device)
         hidden = self.decoder(self._embed(batch.chunks), self.cache, layout)
         return self.decoder.logits(hidden[_sampling_rows(batch.chunks).to(hidden.device)])
 

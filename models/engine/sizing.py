@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from models.engine.options import EngineOptions
 from models.errors import ConfigurationError
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import Span
+from models.language.attention_backends import attention_backend
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape, head_dim
 from models.language.loading import linear_shapes
@@ -112,7 +113,7 @@ def _gpu_blocks(
     num_blocks = -(-num_tokens // shape.block_size)
     scratch = KVCache(shape, num_blocks, placement.layers)
     spans = [Span(0, num_tokens, range(num_blocks))]
-    layout = AttentionBatch.build(spans, shape, placement.embedding)
+    layout = attention_backend(placement.embedding).build(spans, shape, placement.embedding)
     token_ids = torch.zeros(num_tokens, dtype=torch.long, device=placement.embedding)
     embeddings = decoder.embed(token_ids)
     decoder.logits(decoder(embeddings, scratch, layout)[-1:])

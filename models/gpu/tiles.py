@@ -11,8 +11,8 @@ LOG2_E = math.log2(math.e)
 """Softmax is computed in powers of two, which GPUs have an instruction for."""
 SMALLEST = 16
 """Of either side of a product on tensor cores."""
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""That splits are made for."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""That splits are made for: what registers and shared memory of the larger GPUs hold at a time."""
 MIN_SPLIT = 128
 """Tokens that a split is worth its own program and a place in the second kernel."""
 

@@ -186,7 +186,7 @@ def test_padding_writes_nothing_and_comes_out_as_zeros(splits: int) -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert split_count(1, 32, 4096, 132) == 8
+    assert split_count(1, 32, 4096, 132) == 16
     assert split_count(64, 32, 4096, 132) == 1, "the batch fills it"
     assert split_count(1, 2, 512, 132) == 4, "a table of 512 tokens is not worth more"
     assert split_count(1, 2, 16, 132) == 1

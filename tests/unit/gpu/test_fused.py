@@ -57,6 +57,7 @@ def test_a_norm_of_zeros_is_zeros() -> None:
     assert not rms_norm(x, torch.ones(64, device=DEVICE), 1e-5).any()
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 48), (3, 1024), (2, 2500)])
 def test_swiglu(rows: int, size: int, dtype: torch.dtype) -> None:
