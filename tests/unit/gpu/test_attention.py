@@ -190,4 +190,5 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
     assert split_count(64, 32, 4096, 132) == 1, "the batch fills it"
     assert split_count(1, 2, 512, 132) == 4, "a table of 512 tokens is not worth more"
     assert split_count(1, 2, 16, 132) == 1
+    assert split_count(1, 1, 1 << 20, 132) == 64, "which one program joins"
     assert split_count(0, 8, 0, 132) == 1
