@@ -114,6 +114,11 @@ class AppConfig(BaseModel):
         "on average: the smaller, the longer new requests wait for their first token. null: no "
         "limit.",
     )
+    async_scheduling: bool | None = Field(
+        None,
+        description="Hand a step to the device before the previous one's tokens have come back, so "
+        "that the device never waits; default: on a GPU only.",
+    )
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of each GPU's memory for weights and KV cache together."
@@ -324,8 +329,8 @@ class AppConfig(BaseModel):
     def engine_options(self) -> dict[str, Any]:
         """The part that `models.load_engine` takes as they are, less `max_num_seqs`."""
         names = (
-            "max_model_len", "max_num_batched_tokens", "max_prefill_slowdown", "block_size",
-            "gpu_memory_utilization", "kv_cache_bytes", "enable_prefix_caching",
+            "max_model_len", "max_num_batched_tokens", "max_prefill_slowdown", "async_scheduling",
+            "block_size", "gpu_memory_utilization", "kv_cache_bytes", "enable_prefix_caching",
             "image_cache_bytes", "bf16_copy",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}

@@ -179,6 +179,9 @@ def load_core(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
         max_prefill_slowdown=options.max_prefill_slowdown,
+        async_scheduling=(
+            target.type == "cuda" if options.async_scheduling is None else options.async_scheduling
+        ),
     )
     preprocessor = ImagePreprocessor(
         spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
