@@ -163,7 +163,7 @@ def load_core(
         backend=backend,
     )
     shape = KVCacheShape.of(spec.language, options.block_size, kind)
-    sizes = resolve_sizes(options, shape, context_length, decoder, vision, placement)
+    sizes = resolve_sizes(options, shape, context_length, decoder, vision, placement, tokenizer)
     runner = ModelRunner(
         decoder,
         ImageEmbeddingCache(vision, options.image_cache_bytes),

@@ -16,20 +16,22 @@ from torch import Tensor
 
 
 def upload(
-    values: NDArray[Any] | Any, device: torch.device, dtype: torch.dtype | None = None
+    values: Tensor | NDArray[Any] | Any, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A tensor of them on the device, behind what is queued there. `values` may change afterwards.
+    """A tensor of them on the device, behind what is queued there. On a CPU a tensor or an array
+    may be returned as it is; elsewhere `values` may change afterwards.
 
     Args:
-        values: an array, or numbers as `torch.tensor` takes them.
+        values: a tensor of the CPU's, an array, or numbers as `torch.tensor` takes them.
     """
-    here = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values)
-    if dtype is not None:
-        here = here.to(dtype)
-    if device.type == "cpu":
-        return here
-    # From page-locked memory, or the driver would copy it first, and larger ones waiting.
-    return here.pin_memory().to(device, non_blocking=True)
+    if isinstance(values, Tensor):
+        here = values
+    else:
+        here = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values)
+    if device.type != "cpu":
+        # From page-locked memory, or the driver would wait while it copies larger ones.
+        here = here.pin_memory().to(device, non_blocking=True)
+    return here if dtype is None else here.to(dtype)
 
 
 class Download:
