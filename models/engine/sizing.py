@@ -18,7 +18,8 @@ from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import ConfigurationError
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import Span
+from models.language.attention_backends import StepLayout
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape, head_dim
 from models.language.loading import linear_shapes
@@ -57,6 +58,7 @@ def resolve_sizes(
     vision: VisionEncoder,
     placement: Placement,
     tokenizer: Decodes,
+    attention: type[StepLayout],
 ) -> EngineSizes:
     """
     Args:
@@ -75,7 +77,7 @@ def resolve_sizes(
     elif on_gpu:
         profile = partial(
             _profile, max_num_batched_tokens, context_length, max_num_seqs, shape, decoder, vision,
-            placement, tokenizer,
+            placement, tokenizer, attention,
         )  # fmt: skip
         num_blocks = _gpu_blocks(options, shape, placement, profile)
     else:
@@ -151,6 +153,7 @@ def _profile(
     vision: VisionEncoder,
     placement: Placement,
     tokenizer: Decodes,
+    attention: type[StepLayout],
 ) -> None:
     """The largest step: all its tokens are of prompts as long as can be, as many pictures as they
     can hold are new, and `num_rows` are sampled, with everything that a request may ask for."""
@@ -163,7 +166,7 @@ def _profile(
         Span(0, length, range(index * longest, (index + 1) * longest))
         for index, length in enumerate(sorted(lengths))
     ]
-    layout = AttentionBatch.build(spans, shape, placement.embedding)
+    layout = attention.build(spans, shape, placement.embedding)
     token_ids = torch.zeros(num_tokens, dtype=torch.long, device=placement.embedding)
     embeddings = decoder.embed(token_ids)
     vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
