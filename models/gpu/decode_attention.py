@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.gpu.tiles import LOG2_E, SMALLEST, padded_dim, tile_size
+from models.gpu.tiles import LOG2_E, MAX_SPLITS, SMALLEST, padded_dim, tile_size
 
 TILE_BYTES = 16 << 10
 """Of keys."""
@@ -119,7 +119,7 @@ def join_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Weighs the splits' results by their shares of the whole softmax."""
@@ -129,7 +129,7 @@ def join_kernel(
     num_tiles = tl.cdiv(length, TILE)
     tiles_per_split = tl.cdiv(num_tiles, num_splits)
 
-    split = tl.arange(0, PADDED_SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
     used = split * tiles_per_split < num_tiles  # the others have written nothing
     used = used & (split < num_splits)
     dims = tl.arange(0, PADDED_DIM)
@@ -186,6 +186,6 @@ def decode_attention(
         if num_splits > 1:
             join_kernel[(sequences, heads)](
                 parts, log_sums, lengths, out, num_splits,
-                HEADS=heads, HEAD_DIM=head_dim, PADDED_DIM=dim,
-                PADDED_SPLITS=triton.next_power_of_2(num_splits), TILE=tile, num_warps=2,
+                HEADS=heads, HEAD_DIM=head_dim, PADDED_DIM=dim, MAX_SPLITS=MAX_SPLITS, TILE=tile,
+                num_warps=4,
             )  # fmt: skip

@@ -11,8 +11,10 @@ LOG2_E = math.log2(math.e)
 """Softmax is computed in powers of two, which GPUs have an instruction for."""
 SMALLEST = 16
 """Of either side of a product on tensor cores."""
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""That splits are made for."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""That splits are made for: what registers and shared memory of the larger GPUs hold at a time."""
+MAX_SPLITS = 64
+"""A power of two. The kernel that joins them is compiled for these, once."""
 MIN_SPLIT = 128
 """Tokens that a split is worth its own program and a place in the second kernel."""
 
@@ -38,4 +40,4 @@ def split_count(sequences: int, kv_heads: int, max_tokens: int, multiprocessors:
         max_tokens: that a table has room for.
     """
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, sequences * kv_heads)
-    return max(1, min(wanted, max_tokens // MIN_SPLIT))
+    return max(1, min(wanted, max_tokens // MIN_SPLIT, MAX_SPLITS))
