@@ -135,8 +135,8 @@ def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.devic
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch
 ) -> Tensor:
-    """Single queries by our own kernel where there is one, which reads blocks where they lie;
-    everything else by torch's products over gathered blocks.
+    """By our own kernels where there are any, which read blocks where they lie; everything else by
+    torch's products over gathered blocks.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -148,8 +148,15 @@ def attend(
     out = torch.empty_like(q)
     if batch.num_decodes:
         _decode(q[: batch.num_decodes], cache, layer, batch, out[: batch.num_decodes])
+    library = _kernels_for(cache.shape, q.device)
     for chunk in batch.prompts:
         rows = slice(chunk.first, chunk.last)
+        if library is not None:
+            library.prompt_attention(
+                q[rows], cache.keys[layer], cache.values[layer], chunk.tables, chunk.context,
+                out[rows],
+            )  # fmt: skip
+            continue
         keys, values = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
         if chunk.mask is not None:
             end = chunk.context + chunk.last - chunk.first

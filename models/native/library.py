@@ -61,6 +61,12 @@ class Kernels:
             *[_int64] * 6, _float, _pointer, _int64, _int,
         ]  # fmt: skip
         self._attention.restype = _int
+        self._prompt_attention = library.prompt_attention
+        self._prompt_attention.argtypes = [
+            _pointer, _int64, _pointer, _pointer, _pointer, *[_int64] * 7, _float,
+            _pointer, _int64, _int,
+        ]  # fmt: skip
+        self._prompt_attention.restype = None
 
     def w4a16_pack(self, q: Tensor, scale: Tensor, zero: Tensor, multiplier: float) -> Tensor:
         """
@@ -121,6 +127,25 @@ class Kernels:
             width, head_dim**-0.5, out.data_ptr(), out.stride(0), torch.get_num_threads(),
         ):  # fmt: skip
             raise MemoryError(f"no memory for the scores of {width * keys.shape[2]} tokens")
+
+    def prompt_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, context: int, out: Tensor
+    ) -> None:
+        """Consecutive queries of one sequence, whose own keys and values are in the cache already.
+
+        Args:
+            q, out: (rows, heads, head_dim) bf16; `out` is written. Only their rows may lie apart.
+            keys, values: as `paged_attention`'s.
+            tables: (kv_heads, width) int64, the sequence's up to the last query's block at least.
+            context: the first query's position.
+        """
+        rows, heads, head_dim = q.shape
+        kv_heads, width = tables.shape
+        self._prompt_attention(
+            q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
+            context, rows, kv_heads, heads // kv_heads, head_dim, keys.shape[2], width,
+            head_dim**-0.5, out.data_ptr(), out.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 @functools.cache
