@@ -69,8 +69,9 @@ __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(sum, n);
 }
 
-// KEYS keys by REGISTERS registers of queries, times `scale`, -inf where a key comes after the
-// query. Returns nothing; `largest` grows. ahead: lines to fetch meanwhile, or null.
+// KEYS keys, from the position `first` on, by REGISTERS registers of queries -> scores times `scale`,
+// where masked -inf for a key that comes after the query; `largest` grows. ahead: KEYS keys and
+// values to fetch meanwhile, or null.
 template <int64_t HEAD_DIM, int64_t REGISTERS>
 void score(const uint16_t* keys, const uint32_t* queries, float scale, bool masked, int64_t first,
            const int32_t* positions, const uint16_t* keys_ahead, const uint16_t* values_ahead,
@@ -92,10 +93,10 @@ void score(const uint16_t* keys, const uint32_t* queries, float scale, bool mask
             for (int64_t i = 0; i < REGISTERS; ++i)
                 dot[key][i] = _mm512_dpbf16_ps(dot[key][i], query[i], value);
         }
-        if (keys_ahead != nullptr && pair < KEYS * HEAD_DIM / LINE) {
-            _mm_prefetch(keys_ahead + pair * LINE, _MM_HINT_T0);
-            _mm_prefetch(values_ahead + pair * LINE, _MM_HINT_T0);
-        }
+        // A line at a time, and not into the nearest cache: more wait for one another, and for them
+        // everything else.
+        if (keys_ahead != nullptr)
+            _mm_prefetch((pair % 2 ? values_ahead : keys_ahead) + pair / 2 * LINE, _MM_HINT_T1);
     }
     const __m512 factor = _mm512_set1_ps(scale);
 #pragma GCC unroll 2
