@@ -54,7 +54,7 @@ class Kernels:
         self._matmul.restype = _int
         self._dense = library.dense_matmul
         self._dense.argtypes = [_pointer, _pointer, _int64, _int64, _int64, _pointer, _int]
-        self._dense.restype = None
+        self._dense.restype = _int
         self._attention = library.paged_attention
         self._attention.argtypes = [
             _pointer, _int64, _pointer, _pointer, _pointer, _pointer,
@@ -101,9 +101,10 @@ class Kernels:
         """x: (M, K) bf16, weight: (N, K) bf16 -> (M, N) float32."""
         (rows, k), n = x.shape, weight.shape[0]
         y = torch.empty(rows, n)
-        self._dense(
+        if self._dense(
             x.data_ptr(), weight.data_ptr(), rows, n, k, y.data_ptr(), torch.get_num_threads()
-        )
+        ):
+            raise MemoryError(f"no memory to multiply {rows} rows")
         return y
 
     def paged_attention(
