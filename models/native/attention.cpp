@@ -64,7 +64,7 @@ __m512 scores_of(const uint16_t* q, const uint16_t* keys, const uint16_t* next) 
 #pragma GCC unroll 8
         for (int64_t i = 0; i < REGISTERS; ++i) {
             const int64_t at = position * HEAD_DIM + 32 * i;
-            _mm_prefetch(next + at, _MM_HINT_T0);
+            _mm_prefetch(next + at, _MM_HINT_T1);
             dot[position] = _mm512_dpbf16_ps(dot[position], query[i],
                                              (__m512bh)_mm512_loadu_si512(keys + at));
         }
@@ -90,7 +90,7 @@ void weigh(const Cache& cache, const int64_t* table, int64_t length, const float
         for (int64_t position = start; position < end;
              ++position, value += HEAD_DIM, next += HEAD_DIM) {
 #pragma GCC unroll 4
-            for (int64_t i = 0; i < HEAD_DIM; i += 32) _mm_prefetch(next + i, _MM_HINT_T0);
+            for (int64_t i = 0; i < HEAD_DIM; i += 32) _mm_prefetch(next + i, _MM_HINT_T1);
             __m512 weight[HEADS];
 #pragma GCC unroll 2
             for (int64_t head = 0; head < HEADS; ++head)
