@@ -1,7 +1,8 @@
-"""Attention over the paged KV cache.
+"""Attention over the paged KV cache, by torch and by the CPU's own kernels.
 
 A step's tokens are packed: first the chunks of one token (decodes), then longer chunks of
-prompts. An `AttentionBatch` says where each token's keys lie; a backend computes.
+prompts. An `AttentionBatch` says where each token's keys lie. `models.language.attention_backends`
+names the other ways.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.language.kv_cache import KVCache, KVCacheShape
+from models.language.rope import rotate
 from models.native import Kernels, kernels
 from models.native.library import BLOCK_MULTIPLE, HEAD_DIMS
 
@@ -110,6 +112,16 @@ class AttentionBatch:
             decode_mask=self.decode_mask.to(device),
             prompts=tuple(chunk.to(device) for chunk in self.prompts),
         )
+
+    def attend(
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, layer: int
+    ) -> Tensor:
+        """See `StepLayout.attend`."""
+        kv_heads = cache.shape.num_kv_heads
+        qk, v = qkv.tensor_split([qkv.shape[1] - kv_heads], dim=1)
+        q, k = rotate(qk, *rotation).tensor_split([qk.shape[1] - kv_heads], dim=1)
+        cache.write(layer, self.slots, k, v)
+        return attend(q, k, v, cache, layer, self)
 
 
 def _blocks_of_tokens(span: Span, block_size: int) -> Tensor:

@@ -38,11 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llava(tmp_path_factory.mktemp("tiny") / "tiny-llava")
 
 
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
+@pytest.fixture(params=[False, True], ids=["in turn", "async"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     with load_engine(
-        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=4, num_threads=1
-    ) as engine:
+        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=4, num_threads=1,
+        async_scheduling=request.param,
+    ) as engine:  # fmt: skip
         yield engine
         settle(engine)
 
@@ -229,12 +230,12 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     run = core_of(engine).runner.run
     calls = 0
 
-    def fail_once(batch: object) -> torch.Tensor:
+    def fail_once(batch: object, in_flight: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise RuntimeError("pretended")
-        return run(batch)  # type: ignore[arg-type]
+        return run(batch, in_flight)  # type: ignore[arg-type]
 
     monkeypatch.setattr(core_of(engine).runner, "run", fail_once)
     with pytest.raises(EngineFault):
@@ -246,7 +247,7 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
 def test_an_engine_that_fails_again_and_again_dies_and_says_so(folder: Path) -> None:
     engine = load_engine(folder, precision="W16A16", device="cpu", dtype="float32", num_threads=1)
 
-    def fail(batch: object) -> torch.Tensor:
+    def fail(batch: object, in_flight: object) -> torch.Tensor:
         raise RuntimeError("pretended")
 
     core_of(engine).runner.run = fail  # type: ignore[method-assign,assignment]
@@ -342,7 +343,7 @@ async def test_a_thread_that_dies_leaves_nobody_waiting(folder: Path) -> None:
         folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=1, num_threads=1
     )
 
-    def die(batch: object) -> torch.Tensor:
+    def die(batch: object, in_flight: object) -> torch.Tensor:
         raise SystemExit
 
     running = engine.stream("tell me", params=LONG)
