@@ -6,11 +6,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "bf16.h"
 #include "sums.h"
 
 namespace {
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = WIDTH;
 
 // e^x for x <= 0, to 2 units of fp32's last place.
 __m512 exponential(__m512 x) {
@@ -25,8 +26,6 @@ __m512 exponential(__m512 x) {
     for (const float term : TERMS) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
     return _mm512_scalef_ps(sum, n);
 }
-
-__mmask16 mask_of(int64_t count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
 
 // Scores -> their exponentials, less the largest's, 0 beyond `length`; returns the sum.
 float weights_of(float* scores, int64_t length) {
@@ -97,9 +96,7 @@ void weigh(const Cache& cache, const int64_t* table, int64_t length, const float
                 weight[head] = _mm512_set1_ps(weights[head * stride + position]);
 #pragma GCC unroll 16
             for (int64_t i = 0; i < REGISTERS; ++i) {
-                const __m512i half =
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + i * LANES)));
-                const __m512 wide = (__m512)_mm512_slli_epi32(half, 16);
+                const __m512 wide = load(value + i * LANES);
 #pragma GCC unroll 2
                 for (int64_t head = 0; head < HEADS; ++head)
                     total[head][i] = _mm512_fmadd_ps(weight[head], wide, total[head][i]);
@@ -109,9 +106,7 @@ void weigh(const Cache& cache, const int64_t* table, int64_t length, const float
     for (int64_t head = 0; head < HEADS; ++head) {
         const __m512 factor = _mm512_set1_ps(1.0f / sums[head]);
         for (int64_t i = 0; i < REGISTERS; ++i)
-            _mm256_storeu_si256(
-                (__m256i*)(out + head * HEAD_DIM + i * LANES),
-                (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(total[head][i], factor)));
+            store(out + head * HEAD_DIM + i * LANES, _mm512_mul_ps(total[head][i], factor));
     }
 }
 

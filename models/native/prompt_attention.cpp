@@ -18,15 +18,16 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bf16.h"
+
 namespace {
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = WIDTH;
 constexpr int64_t TILE_LANES = 64;
 constexpr int64_t TILE_KEYS = 64;
 constexpr int64_t KEYS = 8;      // of one product: with two registers of queries, 16 sums
 constexpr int64_t QUERIES = 6;   // of one product with values: with four registers, 24 sums
 constexpr int64_t LINE = 32;     // bf16 values in a cache line
-constexpr float LOG2_E = 1.44269504f;
 
 struct Cache {
     const uint16_t *keys, *values;  // [parts][block_size][head_dim], a part a block's one head
@@ -55,18 +56,6 @@ __m512bh broadcast(const void* pair) {
     int32_t bits;
     memcpy(&bits, pair, sizeof bits);
     return (__m512bh)_mm512_set1_epi32(bits);
-}
-
-// 2^x for x <= 0, to 2^-18 of it; a NaN stays one.
-__m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // fp32 cannot tell 2^-160 from 0
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    // ln(2)^i / i!
-    constexpr float TERMS[] = {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
-    __m512 sum = _mm512_set1_ps(1.3333558e-3f);
-    for (const float term : TERMS) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
-    return _mm512_scalef_ps(sum, n);
 }
 
 // KEYS keys, from the position `first` on, by REGISTERS registers of queries -> scores times `scale`,
@@ -266,8 +255,7 @@ void attend(const Cache& cache, int64_t context, const uint16_t* q, Rows from, i
         uint16_t* result = out + to.offset(first + lane, HEAD_DIM);
         for (int64_t i = 0; i < HEAD_DIM; i += LANES) {
             const __m512 value = _mm512_load_ps(work.sums + lane * HEAD_DIM + i);
-            _mm256_storeu_si256((__m256i*)(result + i),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(value, factor)));
+            store(result + i, _mm512_mul_ps(value, factor));
         }
     }
 }

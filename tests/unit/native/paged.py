@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.language.attention import AttentionBatch, Span, attend
+from models.language.attention import AttentionBatch, Span
 from models.language.kv_cache import KVCache, KVCacheShape
 
 CPU = torch.device("cpu")
@@ -38,9 +38,12 @@ def cache_of(
 
 
 def attention(q: Tensor, cache: KVCache, layer: int, spans: Sequence[Span]) -> Tensor:
-    """Ours. q: (tokens, heads, head_dim), the spans' tokens in their order."""
-    unused = q[:, : cache.shape.num_kv_heads]  # keys and values of the step lie in the cache
-    return attend(q, unused, unused, cache, layer, AttentionBatch.build(spans, cache.shape, CPU))
+    """Ours. q: (tokens, heads, head_dim), the spans' tokens in their order, whose keys and values
+    are the cache's."""
+    batch = AttentionBatch.build(spans, cache.shape, CPU)
+    own = (vectors[layer].flatten(0, 2)[batch.slots] for vectors in (cache.keys, cache.values))
+    ones = q.new_ones(q.shape[0], 1, q.shape[2])
+    return batch.attend(torch.cat((q, *own), dim=1), (ones, torch.zeros_like(ones)), cache, layer)
 
 
 def in_float64(q: Tensor, cache: KVCache, layer: int, spans: Sequence[Span]) -> Tensor:

@@ -23,9 +23,7 @@ def test_single_queries_over_scattered_blocks(
 ) -> None:
     spans = spans_of([(length - 1, length) for length in lengths], block_size)
     cache = cache_of(spans, kv_heads, head_dim, block_size, layers=2)
-    # As in a layer: the queries are part of a wider tensor.
-    wide = torch.randn(len(lengths), heads + kv_heads, head_dim).bfloat16()
-    q = wide[:, :heads]
+    q = torch.randn(len(lengths), heads, head_dim).bfloat16()
     for layer in (0, 1):
         got, wanted = attention(q, cache, layer, spans), in_float64(q, cache, layer, spans)
         # The result's own rounding, and fp32's.

