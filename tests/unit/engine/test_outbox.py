@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
-from models.engine.messages import FinishReason, GenerationDelta, TokenLogprobs, Usage
+from models.engine.messages import FinishReason, GenerationDelta, Timing, TokenLogprobs, Usage
 from models.engine.outbox import Outbox, merged
 from models.errors import EngineFault
-from models.engine.messages import Timing
 
 INTERVAL_S = 0.1
 
@@ -129,5 +129,5 @@ def test_nothing_is_lost_or_out_of_order_and_no_more_is_sent_than_wanted(seed: i
         assert [lp.token_id for d in deltas for lp in d.logprobs] == list(range(400))
         if interval_s:
             assert len(moments) <= (now - start) / interval_s + 3
-            gaps = [b - a for a, b in zip(moments, moments[1:], strict=False)]
+            gaps = [b - a for a, b in pairwise(moments)]
             assert max(gaps) < interval_s + longest + 1e-9

@@ -562,13 +562,14 @@ class TestBesides:
         return await ask(build_http_app(worker or make_worker()), path, method="GET")
 
     async def test_models(self) -> None:
-        body = (await self.get("/v1/models")).json
+        worker = make_worker()
+        body = (await self.get("/v1/models", worker)).json
         (model,) = body["data"]
         assert (model["id"], model["root"]) == ("demo-4bit-AWQ", "demo")
         assert model["max_model_len"] == FakeEngine.context_length
         assert "multimodal" in body["models"][0]["capabilities"]
-        assert (await self.get("/v1/models/demo")).json == model
-        assert (await self.get("/models")).json == body
+        assert (await self.get("/v1/models/demo", worker)).json == model
+        assert (await self.get("/models", worker)).json == body
         missing = await self.get("/v1/models/org/other")
         assert (missing.status, missing.json["error"]["type"]) == (404, "NotFoundError")
 
