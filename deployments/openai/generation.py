@@ -171,7 +171,7 @@ class Generation:
             min_interval_s=interval_s,
         )
         deltas = current_entry().watched(deltas, counts_prompt=index % self.options.n == 0)
-        return paced(deltas, min_interval_s=interval_s, sign_of_life_s=config.sign_of_life_s)
+        return paced(deltas, sign_of_life_s=config.sign_of_life_s)
 
     def _params(self, number: int) -> SamplingParams:
         """Of a prompt's choice: each has a seed of its own, or all would be the same."""

@@ -41,6 +41,7 @@ class GenerationRequest:
         images: the spans, in order, not overlapping.
         deadline: `time.monotonic()` by which it must have left the waiting line, or None.
         arrived_at: `time.monotonic()` at which it was asked for, unprepared.
+        min_interval_s: how often deltas are wanted at most; see `Outbox`. 0 is one for each step.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class GenerationRequest:
     params: SamplingParams
     deadline: float | None = None
     arrived_at: float = field(default_factory=time.monotonic)
+    min_interval_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class GenerationDelta:
-    """What one request gained in one step.
+    """What one request gained in one step, or in several.
 
     Attributes:
         text: the new text; all deltas' texts joined are the answer, and none is ever taken back.

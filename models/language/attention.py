@@ -117,6 +117,9 @@ class AttentionBatch:
         self, qkv: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, layer: int
     ) -> Tensor:
         """See `StepLayout.attend`."""
+        library = _kernels_for(cache.shape, qkv.device)
+        if library is not None:
+            return _attend_in_place(library, qkv, rotation, cache, layer, self)
         kv_heads = cache.shape.num_kv_heads
         qk, v = qkv.tensor_split([qkv.shape[1] - kv_heads], dim=1)
         q, k = rotate(qk, *rotation).tensor_split([qk.shape[1] - kv_heads], dim=1)
@@ -144,11 +147,33 @@ def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.devic
     )
 
 
+def _attend_in_place(
+    library: Kernels,
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    cache: KVCache,
+    layer: int,
+    batch: AttentionBatch,
+) -> Tensor:
+    """`AttentionBatch.attend` by the CPU's own kernels, which read the cache where it lies."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    q = library.rotate_and_store(qkv, *rotation, batch.slots, keys, values)
+    out = q.new_empty(q.shape)
+    if batch.num_decodes:
+        decodes = slice(batch.num_decodes)
+        library.paged_attention(
+            q[decodes], keys, values, batch.decode_tables, batch.positions[decodes], out[decodes]
+        )
+    for chunk in batch.prompts:
+        rows = slice(chunk.first, chunk.last)
+        library.prompt_attention(q[rows], keys, values, chunk.tables, chunk.context, out[rows])
+    return out
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch
 ) -> Tensor:
-    """Single queries by our own kernel where there is one, which reads blocks where they lie;
-    everything else by torch's products over gathered blocks.
+    """By torch's products over gathered blocks.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -181,13 +206,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def _decode(q: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, out: Tensor) -> None:
     """One query of each sequence, (sequences, heads, head_dim)."""
-    library = _kernels_for(cache.shape, q.device)
-    if library is not None:
-        library.paged_attention(
-            q, cache.keys[layer], cache.values[layer], batch.decode_tables,
-            batch.positions[: batch.num_decodes], out,
-        )  # fmt: skip
-        return
     keys, values = cache.read(layer, batch.decode_tables)
     if q.device.type == "cpu":
         out.copy_(_two_products(q, keys, values, batch.decode_mask))

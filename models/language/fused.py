@@ -1,6 +1,7 @@
-"""What a layer computes between its products: by one kernel each on a GPU, by torch elsewhere.
+"""What a layer computes between its products: by one kernel each on a GPU and on a CPU that has
+ours, by torch elsewhere.
 
-Both round at the same places, where transformers' models do.
+All round at the same places, where transformers' models do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gpu.support import runs_triton
+from models.native import Kernels, kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -18,17 +20,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from models.gpu import norm
 
         return norm.rms_norm(x, weight, eps)
+    library = _kernels_for(x)
+    if library is not None:
+        return library.rms_norm(x.contiguous(), weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta, and its norm; all (tokens, size)."""
+    """x + delta, and its norm; all (tokens, size). x may be overwritten."""
     if runs_triton(x.device):
         from models.gpu import norm
 
         return norm.add_rms_norm(x, delta, weight, eps)
+    library = _kernels_for(x)
+    if library is not None:
+        x = x.contiguous()
+        return x, library.rms_norm(x, weight, eps, delta.contiguous())
     x = x + delta
     return x, rms_norm(x, weight, eps)
 
@@ -39,5 +48,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
         from models.gpu import activation
 
         return activation.swiglu(gate_up)
+    library = _kernels_for(gate_up)
+    if library is not None:
+        return library.swiglu(gate_up.contiguous())
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _kernels_for(x: Tensor) -> Kernels | None:
+    return kernels() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
