@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.in_flight import InFlight
+from models.engine.prompt_scores import score_prompts
 from models.engine.scheduler import Batch, Chunk
 from models.engine.sequence import IN_FLIGHT
 from models.language.attention import AttentionBatch, Span
@@ -36,6 +37,7 @@ class ModelRunner:
         spans = [Span(c.start, c.end, c.seq.block_table) for c in batch.chunks]
         layout = AttentionBatch.build(spans, self.cache.shape, self.device)
         hidden = self.decoder(self._embed(batch.chunks, in_flight), self.cache, layout)
+        score_prompts(batch.chunks, hidden, self.decoder.logits)
         return self.decoder.logits(hidden[_sampling_rows(batch.chunks, hidden.device)])
 
     def _embed(self, chunks: list[Chunk], in_flight: InFlight | None) -> Tensor:
