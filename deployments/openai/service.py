@@ -13,11 +13,12 @@ from deployments.door import Door
 from deployments.image_fetcher import ImageFetcher
 from deployments.media import ImageLimits
 from deployments.model_source import AWQ_SUFFIX
-from deployments.openai.answer import ChatAnswer, CompletionAnswer, TokenNames
+from deployments.openai.answer import ChatAnswer, CompletionAnswer
 from deployments.openai.errors import UnknownModel
 from deployments.openai.generation import Backend, Generation
 from deployments.openai.messages import parse_messages
 from deployments.openai.request import ChatRequest, CompletionRequest, OpenAILimits
+from deployments.openai.token_names import TokenNames
 from models.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class OpenAIService:
         answer = ChatAnswer(
             options.model or self.model_name,
             self._names,
-            logprobs=options.params.logprobs is not None,
+            logprobs=options.params.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
         )
         return Generation(
             self._backend, options, answer, [prompt], request.chat.pictures, template.stop_strings
@@ -88,7 +90,8 @@ class OpenAIService:
         answer = CompletionAnswer(
             options.model or self.model_name,
             self._names,
-            logprobs=options.params.logprobs is not None,
+            logprobs=options.params.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
             echoed=[text for text in echoed for _ in range(options.n)],
         )
         return Generation(self._backend, options, answer, prompts)
