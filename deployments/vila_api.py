@@ -3,6 +3,10 @@
 Its answers' content is a list of parts, its chunks have neither roles nor finish reasons, and its
 errors are one string. Its server answers every error with status 500, even those of a request;
 here the statuses are those of /v1, since OpenAI's clients repeat what has failed with 500.
+
+VILA's own client is OpenAI's package with a base address without /v1, so that a simple request may
+be meant either way, and gets VILA's answer. One that asks for what VILA's server does not know is
+OpenAI's, sent here by mistake, and gets the answer that it would get from /v1.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from models.errors import InvalidRequest
 
 DEFAULTS: dict[str, Any] = {"max_tokens": 512, "top_p": 0.9, "temperature": 0.2}
 TAKEN = ("messages", "stream", *DEFAULTS)
+ONLY_VILAS = ("num_beams", "use_cache")
+FIELDS = ("model", *TAKEN, *ONLY_VILAS)
+ROLES = ("user", "assistant")
 QUANTISED = ("-4bit-awq", "-awq")
 
 
@@ -40,6 +47,8 @@ def vila_routes(worker: ModelWorker) -> APIRouter:
             body = await read_params(request, worker)
         except Exception as error:
             return error_response(error, _describe)
+        if _is_openais(body):
+            return Attended(lambda: respond(worker.openai.chat(body)))
         return Attended(lambda: _answer(worker, body))
 
     return router
@@ -76,6 +85,18 @@ async def _answer(worker: ModelWorker, body: Any) -> Response:
                     }  # fmt: skip
 
     return await respond(worker.openai.chat(taken), whole, chunks, _describe)
+
+
+def _is_openais(body: Any) -> bool:
+    """Whether it has a field or a role that is unknown to VILA's server, and none of VILA's own."""
+    if not isinstance(body, dict) or any(name in body for name in ONLY_VILAS):
+        return False
+    if any(value is not None and name not in FIELDS for name, value in body.items()):
+        return True
+    messages = body.get("messages")
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("role") not in ROLES for message in messages
+    )
 
 
 def _openai_body(worker: ModelWorker, body: Any) -> dict[str, Any]:
