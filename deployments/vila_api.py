@@ -24,7 +24,7 @@ from deployments import fields
 from deployments.model_worker import ModelWorker
 from deployments.openai.errors import ErrorReply
 from deployments.openai.generation import Generation
-from deployments.openai.response import Attended, error_response, respond
+from deployments.openai.response import Attended, Describe, error_response, nested, respond
 from deployments.worker_api import read_params
 from models.errors import InvalidRequest
 
@@ -33,6 +33,8 @@ TAKEN = ("messages", "stream", *DEFAULTS)
 ONLY_VILAS = ("num_beams", "use_cache")
 FIELDS = ("model", *TAKEN, *ONLY_VILAS)
 ROLES = ("user", "assistant")
+OPENAIS_HEADER = "x-stainless-lang"
+"""OpenAI's packages send it. Of an error that is one string they show only the status."""
 QUANTISED = ("-4bit-awq", "-awq")
 
 
@@ -43,23 +45,24 @@ def vila_routes(worker: ModelWorker) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """As VILA's own server answers."""
+        describe = nested if OPENAIS_HEADER in request.headers else _describe
         try:
             body = await read_params(request, worker)
         except Exception as error:
-            return error_response(error, _describe)
+            return error_response(error, describe)
         if _is_openais(body):
             return Attended(lambda: respond(worker.openai.chat(body)))
-        return Attended(lambda: _answer(worker, body))
+        return Attended(lambda: _answer(worker, body, describe))
 
     return router
 
 
-async def _answer(worker: ModelWorker, body: Any) -> Response:
+async def _answer(worker: ModelWorker, body: Any, describe: Describe) -> Response:
     try:
         taken = _openai_body(worker, body)
         model = body.get("model") or worker.model_name
     except Exception as error:
-        return error_response(error, _describe)
+        return error_response(error, describe)
     head = {"created": time.time(), "model": model}
 
     async def whole(generation: Generation) -> dict[str, Any]:
@@ -84,7 +87,7 @@ async def _answer(worker: ModelWorker, body: Any) -> Response:
                         "choices": [{"delta": {"content": text}}],
                     }  # fmt: skip
 
-    return await respond(worker.openai.chat(taken), whole, chunks, _describe)
+    return await respond(worker.openai.chat(taken), whole, chunks, describe)
 
 
 def _is_openais(body: Any) -> bool:

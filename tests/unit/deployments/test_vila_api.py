@@ -96,6 +96,16 @@ async def test_and_that_of_a_stream() -> None:
     assert (answer.status, answer.json) == (500, {"error": "broken"})
 
 
+async def test_openais_package_gets_errors_that_it_can_show() -> None:
+    app, headers = build_http_app(make_worker()), {"X-Stainless-Lang": "python"}
+    for body in (b"{", json.dumps({**QUESTION, "temperature": "hot"}).encode()):
+        answer = await ask(app, "/chat/completions", body, headers=headers)
+        assert answer.status == 400
+        assert "message" in answer.json["error"]
+    answer = await ask(app, "/chat/completions", json.dumps(QUESTION).encode(), headers=headers)
+    assert isinstance(answer.json["choices"][0]["message"]["content"], list)
+
+
 OPENAIS = pytest.mark.parametrize(
     "more",
     [
