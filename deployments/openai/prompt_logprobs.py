@@ -39,7 +39,8 @@ def offsets(prompt: str, tokens: Sequence[PromptToken], names: TokenNames) -> li
     Counted from the end, since tokenizers add to the beginning: a token of its own, or a space.
     """
     raw = prompt.encode()
-    characters = [0, *accumulate(byte >> 6 != CONTINUES for byte in raw)]
+    begun = accumulate(int(byte >> 6 != CONTINUES) for byte in raw)
+    character_at = [*(number - 1 for number in begun), len(prompt)]
     sizes = [0 if t.token_id is None else len(names.bytes(t.token_id)) for t in tokens]
     ends = accumulate(sizes[::-1])
-    return [characters[max(0, len(raw) - size)] for size in ends][::-1]
+    return [character_at[max(0, len(raw) - size)] for size in ends][::-1]

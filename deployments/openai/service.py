@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments import fields
@@ -209,7 +210,8 @@ class OpenAIService:
 
     @property
     def _names(self) -> TokenNames:
-        return TokenNames(self._engine.token_text, self._engine.token_bytes)
+        # For one request, which may name the same tokens thousands of times.
+        return TokenNames(cache(self._engine.token_text), cache(self._engine.token_bytes))
 
 
 async def _off_loop(work: Callable[[], T]) -> T:

@@ -370,8 +370,9 @@ class TestLogprobsOfPrompts:
                 None, {"a": -0.5}, {"c": -0.25, bad: -2.0}, {"d": -0.125, bad: -9999.0},
                 {"X": -0.5}, {"Y": -0.5},
             ],
-            "text_offset": [0, 0, 1, 2, 2, 3],
+            "text_offset": [0, 0, 1, 1, 2, 3],
         }  # fmt: skip
+        assert all(type(offset) is int for offset in logprobs["text_offset"])
 
     async def test_a_prompt_alone(self) -> None:
         """What lm-evaluation-harness and others ask for, with ids for a prompt."""
