@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 from models.engine.messages import GenerationRequest
 from models.engine.options import EngineOptions
 from models.engine.output_text import Decodes
+from models.engine.prompt_scores import ROWS_AT_A_TIME, scores_of
 from models.engine.sampler import Sampler
-from models.engine.sampling_params import SamplingParams
+from models.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import ConfigurationError
 from models.language.attention import Span
@@ -171,6 +172,8 @@ def _profile(
     embeddings = decoder.embed(token_ids)
     vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
     hidden = decoder(embeddings, cache, layout)
+    prompt = hidden[:ROWS_AT_A_TIME]
+    scores_of(decoder.logits(prompt), [0] * len(prompt), MAX_LOGPROBS)
     rows = torch.arange(num_rows, device=hidden.device) % num_tokens
     request = GenerationRequest("profile", [0], (), COSTLIEST)
     seq = Sequence(request, tokenizer, shape.block_size, context_length)
