@@ -110,7 +110,9 @@ class Plan(NamedTuple):
             part.removeprefix(name)
             for part, name in zip(rest[1:], ("split", "warps", "stages"), strict=True)
         )
-        plan = cls("gemv" if kernel == "gemv" else "gemm", int(block_m), int(block_n), *map(int, numbers))
+        plan = cls(
+            "gemv" if kernel == "gemv" else "gemm", int(block_m), int(block_n), *map(int, numbers)
+        )
         if min(plan[1:]) < 1 or any(number & (number - 1) for number in plan[1:5]):
             raise ValueError(f"{text!r}: sizes are powers of two")
         return plan
@@ -178,9 +180,7 @@ def _gemv_plans(n: int, k: int, processors: int, thorough: bool) -> tuple[Plan, 
     return tuple(dict.fromkeys(candidates))
 
 
-def _gemm_plans(
-    rows: int, n: int, k: int, processors: int, thorough: bool
-) -> tuple[Plan, ...]:
+def _gemm_plans(rows: int, n: int, k: int, processors: int, thorough: bool) -> tuple[Plan, ...]:
     block_m = max(SKINNY, min(DENSE_ROWS, 1 << (rows - 1).bit_length()))
     chunks = -(-k // CHUNK)
     candidates = []
@@ -251,9 +251,7 @@ def matmul(x: Tensor, weights: Weights, in_features: int, group_size: int, plan:
     return y
 
 
-def dequantize(
-    weights: Weights, in_features: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize(weights: Weights, in_features: int, group_size: int, dtype: torch.dtype) -> Tensor:
     """(N, K) in `dtype`, computed in float32 and rounded once."""
     import triton
 

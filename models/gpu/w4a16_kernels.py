@@ -144,7 +144,7 @@ def gemv(
     _store(tl.sum(total, axis=1), rows, row_mask, y_ptr, partial_ptr, count_ptr, n, SPLIT_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def gemm(
     x_ptr,
     weight_ptr,

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.awq import quantize_rtn
+from models.awq.backends.base import BackendMismatch, Shape
+from models.awq.backends.cuda_triton import CudaTriton
 from models.gpu import w4a16
 from models.gpu.w4a16 import Plan
 
@@ -82,9 +85,7 @@ def test_one_row_of_any_magnitude(magnitude: float) -> None:
     (2, 40, 256, 128), (3, 16, 128, 32), (5, 70, 384, 64), (16, 64, 256, 256), (17, 33, 96, 32),
     (1, 20, 128, 128), (33, 48, 640, 128), (16, 16, 200, 200), (7, 32, 128, 16),
 ])  # fmt: skip
-def test_some_rows(
-    rows: int, n: int, k: int, group: int, split: int, dtype: torch.dtype
-) -> None:
+def test_some_rows(rows: int, n: int, k: int, group: int, split: int, dtype: torch.dtype) -> None:
     plan = Plan("gemm", 16, 32, split, warps=4, stages=2)
     assert_exact_but_for_rounding(Layer(n, k, group), inputs(rows, k, dtype), plan)
 
@@ -147,3 +148,31 @@ def test_no_rows() -> None:
     assert Layer(8, 128, 128).matmul(inputs(0, 128, torch.float16), Plan("gemm", 16, 16)).shape == (
         0, 8,
     )  # fmt: skip
+
+
+# ---- the backend ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 20, 150])
+def test_the_backend_packs_checks_and_multiplies(rows: int, dtype: torch.dtype) -> None:
+    weight, backend = quantize_rtn(torch.randn(32, 256).half(), 64), CudaTriton()
+    packed = backend.pack(weight, torch.device("cpu"), dtype)
+    x = inputs(rows, 256, dtype)
+    exact = x.double() @ weight.dequantize(torch.float64).T
+    shape = Shape.of(weight)
+    assert (
+        backend.matmul(x, packed, shape).double() - exact
+    ).abs().max() < 0.02 * exact.abs().max()
+    for plan in backend.plans(shape, rows, x.device):
+        got = backend.run(plan, x, packed, shape).double()
+        assert (got - exact).abs().max() < 0.02 * exact.abs().max(), plan
+
+
+def test_the_backend_notices_what_is_packed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = w4a16.pack
+    monkeypatch.setattr(
+        w4a16, "pack", lambda *a: right(*a)._replace(words=right(*a).words.flip(1).contiguous())
+    )
+    with pytest.raises(BackendMismatch, match="disagrees"):
+        CudaTriton().pack(quantize_rtn(torch.randn(32, 256), 64), torch.device("cpu"), DTYPES[0])
