@@ -13,10 +13,10 @@ from models.awq.backends.cuda_triton import CudaTriton
 from models.gpu import w4a16
 from models.gpu.w4a16 import Plan
 
-DTYPES = [torch.float16, torch.bfloat16]
+F16, BF16 = DTYPES = (torch.float16, torch.bfloat16)
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 """The interpreter cuts float32 off to bfloat16, where a GPU rounds."""
-SCALES = [torch.float16, torch.bfloat16, torch.float32]
+SCALES = (*DTYPES, torch.float32)
 
 
 class Layer:
@@ -54,20 +54,19 @@ def assert_exact_but_for_rounding(layer: Layer, x: Tensor, plan: Plan) -> None:
     assert not layer.weights.counts.any(), "the next product would count on from there"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("split", [1, 2, 4])
-@pytest.mark.parametrize(("n", "k", "group"), [
-    (24, 128, 128), (19, 1280, 128), (8, 96, 32), (5, 192, 64), (16, 256, 16),
-    (7, 320, 320), (9, 200, 200), (12, 512, 256), (6, 2176, 128), (40, 64, 64),
+@pytest.mark.parametrize(("n", "k", "group", "split", "dtype"), [
+    (24, 128, 128, 1, F16), (9, 1280, 128, 1, BF16), (8, 96, 32, 1, BF16), (5, 192, 64, 1, F16),
+    (16, 256, 16, 1, F16), (7, 320, 320, 1, F16), (9, 200, 200, 1, BF16), (12, 512, 256, 1, F16),
+    (6, 2176, 128, 2, F16), (5, 2176, 32, 4, BF16), (9, 96, 32, 2, F16),
 ])  # fmt: skip
 def test_one_row(n: int, k: int, group: int, split: int, dtype: torch.dtype) -> None:
     plan = Plan("gemv", 1, 4, split, warps=1)
     assert_exact_but_for_rounding(Layer(n, k, group), inputs(1, k, dtype), plan)
 
 
-@pytest.mark.parametrize("plan", [Plan("gemv", 1, 2, 1, 8), Plan("gemv", 1, 16, 2, 4)])
+@pytest.mark.parametrize("plan", [Plan("gemv", 1, 2, 1, 4), Plan("gemv", 1, 16, 2, 2)])
 def test_one_row_in_other_blocks(plan: Plan) -> None:
-    assert_exact_but_for_rounding(Layer(21, 2560, 128), inputs(1, 2560, torch.float16), plan)
+    assert_exact_but_for_rounding(Layer(21, 2560, 128), inputs(1, 2560, F16), plan)
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-20, 1.0, 2.0**30])
@@ -79,11 +78,10 @@ def test_one_row_of_any_magnitude(magnitude: float) -> None:
     assert (got - exact).abs().max() < 0.01 * exact.abs().max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize(("rows", "n", "k", "group"), [
-    (2, 40, 256, 128), (3, 16, 128, 32), (5, 70, 384, 64), (16, 64, 256, 256), (17, 33, 96, 32),
-    (1, 20, 128, 128), (33, 48, 640, 128), (16, 16, 200, 200), (7, 32, 128, 16),
+@pytest.mark.parametrize(("rows", "n", "k", "group", "split", "dtype"), [
+    (2, 40, 256, 128, 1, F16), (3, 16, 128, 32, 1, BF16), (5, 70, 384, 64, 2, F16),
+    (16, 64, 256, 256, 1, BF16), (17, 33, 96, 32, 1, F16), (1, 20, 128, 128, 1, BF16),
+    (33, 48, 640, 128, 2, BF16), (16, 16, 200, 200, 2, F16), (7, 32, 128, 16, 2, F16),
 ])  # fmt: skip
 def test_some_rows(rows: int, n: int, k: int, group: int, split: int, dtype: torch.dtype) -> None:
     plan = Plan("gemm", 16, 32, split, warps=4, stages=2)
@@ -104,7 +102,7 @@ def test_scales_of_every_dtype(plan: Plan, scales: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k", "group"), [
-    (9, 1280, 128), (8, 96, 32), (5, 192, 64), (7, 320, 320), (9, 200, 200), (3, 128, 16),
+    (9, 1280, 128), (8, 96, 32), (5, 192, 64), (9, 200, 200), (3, 128, 16),
 ])  # fmt: skip
 def test_dequantised_weights_are_rounded_once(
     n: int, k: int, group: int, dtype: torch.dtype
@@ -135,11 +133,11 @@ def test_what_lies_behind_a_row_does_not_matter(k: int) -> None:
     assert_exact_but_for_rounding(layer, poisoned[1, 4:], Plan("gemv", 1, 8, 1, 1))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 40, 130])
+@pytest.mark.parametrize("rows", [1, 2, 40, 130])
 def test_every_plan_that_is_proposed_computes_the_product(rows: int) -> None:
-    layer, x = Layer(48, 512, 128), inputs(rows, 512, torch.float16)
+    layer, x = Layer(24, 512, 128), inputs(rows, 512, F16)
     exact = x.double() @ layer.exact.T
-    for plan in w4a16.plans(rows, 48, 512, processors=4):
+    for plan in w4a16.plans(rows, 24, 512, processors=4):
         got = layer.matmul(x, plan).double()
         assert (got - exact).abs().max() < 2e-3 * exact.abs().max(), str(plan)
 
@@ -154,7 +152,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 20, 150])
+@pytest.mark.parametrize("rows", [1, 20, 150])
 def test_the_backend_packs_checks_and_multiplies(rows: int, dtype: torch.dtype) -> None:
     weight, backend = quantize_rtn(torch.randn(32, 256).half(), 64), CudaTriton()
     packed = backend.pack(weight, torch.device("cpu"), dtype)
