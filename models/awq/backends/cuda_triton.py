@@ -26,6 +26,13 @@ CHECKED_ROWS = (1, 5, 2 * w4a16.DENSE_ROWS)
 class CudaTriton(Backend):
     """Buffers: those of `models.gpu.w4a16.Weights`."""
 
+    def __init__(self, *, thorough: bool = False) -> None:
+        """
+        Args:
+            thorough: propose more plans than a start has time to measure.
+        """
+        self._thorough = thorough
+
     def unsupported(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda" or dtype not in {torch.float16, torch.bfloat16}:
             return f"it runs float16 and bfloat16 on a GPU only, not {dtype} on {device.type}"
@@ -51,7 +58,8 @@ class CudaTriton(Backend):
 
     def plans(self, shape: Shape, rows: int, device: torch.device) -> tuple[str, ...]:
         n, k, _ = shape
-        return tuple(map(str, w4a16.plans(rows, n, k, _processors(device))))
+        plans = w4a16.plans(rows, n, k, _processors(device), thorough=self._thorough)
+        return tuple(map(str, plans))
 
     def run(self, plan: str, x: Tensor, packed: Packed, shape: Shape) -> Tensor:
         weights = Weights(**packed)

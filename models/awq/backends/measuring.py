@@ -63,7 +63,7 @@ def measure(
         expected = F.linear(x, wide).float()
         timings = {}
         for name, packed in forms.items():
-            found = _fastest(name, backends[name], packed, shape, x, expected, stopwatch)
+            found = fastest(name, backends[name], packed, shape, x, expected, stopwatch)
             if found is not None:
                 timings[name] = found
         logger.info("%d x %d, %d row(s): %s", *shape[:2], count, _summary(timings))
@@ -142,12 +142,7 @@ def copies(packed: Packed, device: torch.device) -> list[Packed]:
     return [packed, *clones]
 
 
-def _summary(timings: Mapping[str, Timing]) -> str:
-    parts = [f"{name} {t.microseconds:.1f} us {t.plan}".rstrip() for name, t in timings.items()]
-    return "; ".join(parts) or "nothing could do it"
-
-
-def _fastest(
+def fastest(
     name: str,
     backend: Backend,
     packed: Sequence[Packed],
@@ -156,6 +151,13 @@ def _fastest(
     expected: Tensor,
     stopwatch: Stopwatch,
 ) -> Timing | None:
+    """The fastest plan of a backend for so many rows as x has, or None: it can do none of them.
+
+    Args:
+        name: for the log.
+        packed: copies of its weights, which are read in turns.
+        expected: the product, float32.
+    """
     rows, best = x.shape[0], None
     for plan in backend.plans(shape, rows, x.device):
         try:
@@ -175,3 +177,8 @@ def _fastest(
         if best is None or microseconds < best.microseconds:
             best = Timing(plan, round(microseconds, 2))
     return best
+
+
+def _summary(timings: Mapping[str, Timing]) -> str:
+    parts = [f"{name} {t.microseconds:.1f} us {t.plan}".rstrip() for name, t in timings.items()]
+    return "; ".join(parts) or "nothing could do it"
