@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def warm_up_linears(model: nn.Module, dtype: torch.dtype, max_rows: int) -> None:
+def warm_up_linears(
+    model: nn.Module, dtype: torch.dtype, max_rows: int, *, device_type: str = "cuda"
+) -> None:
     """Runs a layer of each kind that is on a GPU, for every number of rows that has a plan.
 
     Afterwards no kernel is compiled or tuned any more in a step of up to `max_rows` tokens, and
@@ -24,18 +26,19 @@ def warm_up_linears(model: nn.Module, dtype: torch.dtype, max_rows: int) -> None
 
     Args:
         dtype: of the activations.
+        device_type: of the layers that need it.
     """
     started = time.monotonic()
     kinds = {
         (layer.shape, layer.backend, device): layer
         for layer in model.modules()
-        if isinstance(layer, W4A16Linear) and (device := layer.device).type == "cuda"
+        if isinstance(layer, W4A16Linear) and (device := layer.device).type == device_type
     }
     for (shape, _, device), layer in kinds.items():
         for rows in ROWS:
             if rows <= rows_measured(max_rows):
                 layer(torch.zeros(rows, shape.in_features, device=device, dtype=dtype))
-    for device in {device for _, _, device in kinds}:
+    for device in {device for _, _, device in kinds if device.type == "cuda"}:
         torch.cuda.synchronize(device)
     if kinds:
         logger.info(

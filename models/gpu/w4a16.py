@@ -11,7 +11,6 @@ How a product is computed is a `Plan`; `plans` proposes some, the likeliest to b
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -191,8 +190,7 @@ def _gemm_plans(rows: int, n: int, k: int, processors: int, thorough: bool) -> t
         tiles = -(-n // block_n) * -(-rows // block_m)
         split = max(1, min(2 * processors // tiles, chunks // FEWEST_CHUNKS, MOST_SPLITS))
         split = 1 << (split.bit_length() - 1)
-        for factor in (1, 2, 0.5):
-            shares = math.ceil(split * factor)
+        for shares in (split, 2 * split):
             if shares == 1 or (
                 shares <= MOST_SPLITS
                 and shares * FEWEST_CHUNKS <= chunks
@@ -218,11 +216,11 @@ def matmul(x: Tensor, weights: Weights, in_features: int, group_size: int, plan:
         return F.linear(x, dequantize(weights, in_features, group_size, x.dtype))
     x = x.contiguous()
     rows, n = x.shape[0], weights.words.shape[0]
-    assert plan.kernel == "gemm" or rows == 1, "the plan is for one row"
-    grouping = _grouping(in_features, group_size)
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     if rows == 0:
         return y
+    assert plan.kernel == "gemm" or rows == 1, "the plan is for one row"
+    grouping = _grouping(in_features, group_size)
     tiles = triton.cdiv(n, plan.block_n) * triton.cdiv(rows, plan.block_m)
     split_k = plan.split_k if tiles <= weights.counts.numel() else 1
     partial = y
@@ -233,7 +231,7 @@ def matmul(x: Tensor, weights: Weights, in_features: int, group_size: int, plan:
     options: dict[str, Any] = {
         "PARTS": grouping.parts,
         "BLOCK_N": plan.block_n,
-        "SPLIT_K": split_k,
+        "SPLIT": split_k > 1,
         "EVEN_K": in_features % CHUNK == 0,
         "num_warps": plan.warps,
     }

@@ -15,23 +15,24 @@ CHUNK = tl.constexpr(128)
 
 
 @triton.jit
-def _store(total, offsets, mask, y_ptr, partial_ptr, count_ptr, size, SPLIT_K: tl.constexpr):
+def _store(total, offsets, mask, y_ptr, partial_ptr, count_ptr, size, SPLIT: tl.constexpr):
     """What a program has of a tile, to where it belongs.
 
     Of the programs that share a tile's inputs, the last to arrive adds up what all of them have,
     always in the same order, so that the sum has the same bits whoever was last.
     """
-    if SPLIT_K == 1:
+    if not SPLIT:
         tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(partial_ptr + tl.program_id(1) * size + offsets, total, mask=mask)
         count = count_ptr + tl.program_id(0)
         tl.debug_barrier()  # one thread counts for all, whose stores must come before
         arrived = tl.atomic_add(count, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT_K - 1:
+        splits = tl.num_programs(1)
+        if arrived == splits - 1:
             tl.debug_barrier()
             whole = tl.zeros_like(total)
-            for split in tl.static_range(SPLIT_K):
+            for split in range(splits):
                 whole += tl.load(
                     partial_ptr + split * size + offsets,
                     mask=mask,
@@ -71,7 +72,7 @@ def gemv(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
     """One row of x, without the tensor cores: y (N,) = W x.
@@ -88,9 +89,10 @@ def gemv(
         x_ptr: (K,) 16-bit.
         weight_ptr: (N, words) int32.
         scale_ptr, zero_ptr: (N, groups), the latter uint8.
-        partial_ptr: (SPLIT_K, N) float32, or anything where SPLIT_K is 1.
+        partial_ptr: (splits, N) float32, or anything where SPLIT is false.
         count_ptr: int32 zeros, one for each block of outputs; they are zeros again afterwards.
         PARTS: groups in a chunk, 1 where a group is a chunk or longer.
+        SPLIT: programs share the inputs, as many as the grid has in its second dimension.
         EVEN_K: k is a multiple of CHUNK.
     """
     UNITS: tl.constexpr = BLOCK_WORDS // 4
@@ -103,7 +105,8 @@ def gemv(
     unit = tl.arange(0, UNITS)
 
     total = tl.zeros((BLOCK_N, UNITS), dtype=tl.float32)
-    for start in range(tl.program_id(1) * BLOCK_WORDS, words, SPLIT_K * BLOCK_WORDS):
+    step = tl.num_programs(1) * BLOCK_WORDS
+    for start in range(tl.program_id(1) * BLOCK_WORDS, words, step):
         word = (start + lane)[None, :]
         packed = tl.load(
             weight_ptr + row_starts[:, None] + word,
@@ -141,7 +144,7 @@ def gemv(
             scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             zero = tl.load(zero_ptr + offsets, mask=mask, other=0).to(tl.float32)
             total += scale * (products * 2.0**53 - zero * x_sums)
-    _store(tl.sum(total, axis=1), rows, row_mask, y_ptr, partial_ptr, count_ptr, n, SPLIT_K)
+    _store(tl.sum(total, axis=1), rows, row_mask, y_ptr, partial_ptr, count_ptr, n, SPLIT)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -162,7 +165,7 @@ def gemm(
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -177,7 +180,7 @@ def gemm(
 
     Args:
         x_ptr: (M, K) 16-bit.
-        partial_ptr: (SPLIT_K, M, N) float32, or anything where SPLIT_K is 1.
+        partial_ptr: (splits, M, N) float32, or anything where SPLIT is false.
         count_ptr: int32 zeros, one for each tile of the output; they are zeros again afterwards.
     """
     NIBBLES: tl.constexpr = 8 // PARTS
@@ -196,7 +199,7 @@ def gemm(
 
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     chunks = words // WORDS
-    share = tl.cdiv(chunks, SPLIT_K)
+    share = tl.cdiv(chunks, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for chunk in tl.range(begin, tl.minimum(begin + share, chunks), num_stages=STAGES):
         packed = tl.load(weight_ptrs + chunk * WORDS, mask=row_mask[:, None], other=0)
@@ -220,7 +223,7 @@ def gemm(
             total += product * scale.to(tl.float32)[:, None]
     offsets = tokens.to(tl.int64)[None, :] * n + rows[:, None]
     mask = row_mask[:, None] & token_mask[None, :]
-    _store(total, offsets, mask, y_ptr, partial_ptr, count_ptr, m * n, SPLIT_K)
+    _store(total, offsets, mask, y_ptr, partial_ptr, count_ptr, m * n, SPLIT)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Written from gemlite 0.6's sources: `A16W4_HQQ_INT.from_weights` packs `(q - zeros) * scales`, and
 the operator `forward_functional` multiplies with the module's tensors and numbers. It tunes itself
-at the first product of each number of rows, some seconds long.
+at the first product of each number of rows, which `warm_up_linears` sees to.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Our own Triton kernels (`models/gpu/w4a16.py`): fp16 and bf16, any number of rows.
 
-One packed form serves all of its kernels: one for a single row, which reads the weights as fast as
-the memory gives them; one for some rows, on the tensor cores; and for prompts the weights are
-widened to 16 bits and multiplied by cuBLAS.
+One packed form serves all of its kernels: one for a single row, one for some rows, on the tensor
+cores; and for prompts the weights are widened to 16 bits and multiplied by cuBLAS.
 """
 
 from __future__ import annotations

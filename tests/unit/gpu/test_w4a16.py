@@ -179,7 +179,7 @@ def _local_memory(cubin: bytes) -> int:
 
 def _constants(plan: Plan, parts: int = 1, *, even: bool = True) -> dict[str, Any]:
     constants: dict[str, Any] = {
-        "PARTS": parts, "BLOCK_N": plan.block_n, "SPLIT_K": plan.split_k, "EVEN_K": even,
+        "PARTS": parts, "BLOCK_N": plan.block_n, "SPLIT": plan.split_k > 1, "EVEN_K": even,
         "chunks_per_group": 1,  # as triton makes of an argument that is 1
     }  # fmt: skip
     if plan.kernel == "gemv":
