@@ -26,6 +26,14 @@ SKINNY = 16
 """Rows of the smallest tile of the tensor cores."""
 DENSE_ROWS = 128
 """Beyond, unmeasured: dequantise and multiply by cuBLAS. Tiles of more rows there are none."""
+MOST_ROWS = 512
+"""Beyond, nothing else than that is proposed."""
+GEMV_INPUTS = 1024
+"""That a warp takes at a time, of each of its outputs."""
+BUSY_WARPS = 12
+"""For each processor, which together ask the memory for enough at a time: with 512 bytes for each
+of eight outputs, twice what 4 TB/s and 700 ns come to on 132 processors."""
+FEW_PLANS = 6
 PARTIAL_SUMS = 1 << 22
 """float32 sums that the programs of a product may hold among them: 16 MiB."""
 FEWEST_CHUNKS = 4
@@ -160,6 +168,8 @@ def plans(
     """
     if rows == 1:
         return _gemv_plans(out_features, in_features, processors, thorough)
+    if rows > MOST_ROWS:
+        return (Plan("dense"),)
     tiled = _gemm_plans(rows, out_features, in_features, processors, thorough)
     if rows <= SKINNY:
         return tiled
@@ -167,38 +177,46 @@ def plans(
 
 
 def _gemv_plans(n: int, k: int, processors: int, thorough: bool) -> tuple[Plan, ...]:
-    warps = 4 if k >= 4096 else 2 if k >= 2048 else 1
-    enough = n // 8 * warps >= 8 * processors
-    sizes = [(8, warps), (4, warps)] if enough else [(4, warps), (8, warps)]
-    sizes += [(16, warps), (8, max(1, warps // 2)), (4, min(8, 2 * warps))]
-    if thorough:
-        sizes += [(block_n, w) for block_n in (2, 4, 8, 16) for w in (1, 2, 4, 8)]
-    candidates = [Plan("gemv", 1, block_n, 1, w) for block_n, w in sizes]
-    if k > 1024 * warps:
-        candidates.append(Plan("gemv", 1, 8, 2, warps))
-    return tuple(dict.fromkeys(candidates))
+    """First those that keep every processor busy, and of these those whose last turn is fullest."""
+
+    def score(plan: Plan) -> tuple[int, float, int]:
+        warps = n // plan.block_n * plan.split_k * plan.warps
+        turn = GEMV_INPUTS * plan.warps * plan.split_k
+        idle = -(-k // turn) * turn / k
+        return max(0, BUSY_WARPS * processors - warps), idle, -plan.block_n
+
+    most = max(1, min(8 if thorough else 4, k // GEMV_INPUTS))
+    candidates = [
+        Plan("gemv", 1, block_n, split_k, warps)
+        for split_k in ((1, 2, 4) if thorough else (1, 2))
+        for warps in (1, 2, 4, 8)
+        for block_n in (4, 8, 16)
+        if warps * split_k <= most and (thorough or split_k == 1 or block_n == 8)
+    ]
+    return tuple(sorted(candidates, key=score))[: None if thorough else FEW_PLANS]
 
 
 def _gemm_plans(rows: int, n: int, k: int, processors: int, thorough: bool) -> tuple[Plan, ...]:
     block_m = max(SKINNY, min(DENSE_ROWS, 1 << (rows - 1).bit_length()))
     chunks = -(-k // CHUNK)
     candidates = []
-    shapes = [(64, 4, 4), (128, 4, 3)] if block_m <= 32 else [(128, 8, 3), (64, 4, 3)]
+    shapes = [(64, 4, 4), (128, 4, 3)] if block_m <= 32 else [(128, 8, 3), (64, 8, 3)]
     if thorough:
-        shapes += [(32, 4, 4), (128, 8, 4), (64, 4, 2), (128, 4, 2), (64, 8, 3)]
+        shapes += [(64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 4), (64, 8, 4)]
     for block_n, warps, stages in shapes:
         tiles = -(-n // block_n) * -(-rows // block_m)
         split = max(1, min(2 * processors // tiles, chunks // FEWEST_CHUNKS, MOST_SPLITS))
         split = 1 << (split.bit_length() - 1)
-        for shares in (split, 2 * split):
-            if shares == 1 or (
+        candidates += [
+            Plan("gemm", block_m, block_n, shares, warps, stages)
+            for shares in (split, 2 * split)
+            if shares == 1
+            or (
                 shares <= MOST_SPLITS
                 and shares * FEWEST_CHUNKS <= chunks
                 and shares * rows * n <= PARTIAL_SUMS
-            ):
-                candidates.append(Plan("gemm", block_m, block_n, shares, warps, stages))
-    if block_m > 64:  # a tile of half as many rows, for the compiler's sake
-        candidates.append(Plan("gemm", 64, 128, 1, 8, 3))
+            )
+        ]
     return tuple(dict.fromkeys(candidates))
 
 

@@ -55,7 +55,7 @@ def _multiply(q, subtract, x, total):
     return tl.dot(q - subtract, x, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def gemv(
     x_ptr,
     weight_ptr,
@@ -147,7 +147,7 @@ def gemv(
     _store(tl.sum(total, axis=1), rows, row_mask, y_ptr, partial_ptr, count_ptr, n, SPLIT)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "groups"])
 def gemm(
     x_ptr,
     weight_ptr,
@@ -226,7 +226,7 @@ def gemm(
     _store(total, offsets, mask, y_ptr, partial_ptr, count_ptr, m * n, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def dequantize(
     weight_ptr,
     scale_ptr,

@@ -82,8 +82,8 @@ def test_plans_are_for_their_number_of_rows_and_can_be_written_down(
 ) -> None:
     for rows in (1, 2, 16, 17, 64, 128, 129, 4096):
         plans = w4a16.plans(rows, n, k, processors, thorough=thorough)
-        assert len(plans) == len(set(plans)) >= 2
-        assert thorough or len(plans) <= 10, "each is compiled and timed at a start"
+        assert len(plans) == len(set(plans)) >= 1
+        assert thorough or len(plans) <= 6, "each is compiled and timed at a start"
         for plan in plans:
             assert Plan.parse(str(plan)) == plan
             assert (plan.kernel == "gemv") == (rows == 1)
