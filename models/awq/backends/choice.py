@@ -90,6 +90,7 @@ class Chooser:
         self._measure = measure
         self._seconds_left = seconds
         self._clock = clock
+        self._told: set[str] = set()
 
     def choose(
         self, shape: Shape, device: torch.device, dtype: torch.dtype
@@ -107,6 +108,10 @@ class Chooser:
         if len(able) > 1 or any(len(b.plans(shape, 1, device)) > 1 for b in able.values()):
             self._measure_missing(able, shape, device, dtype, known)
         ranked = rank(able, known)
+        key = layer_key(shape, dtype)
+        if ranked and key not in self._told:
+            self._told.add(key)
+            logger.info("%s is computed by %s", key, ranked[0])
         return [
             (name, Chosen(able[name], {r: t[name].plan for r, t in known.items() if name in t}))
             for name in ranked

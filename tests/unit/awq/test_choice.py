@@ -102,10 +102,12 @@ def test_the_fastest_is_chosen_and_runs_by_its_fastest_plan() -> None:
     assert fast.ran == [("fast at 1", 1), ("fast at 4", 3), ("fast at 4096", 5000)]
 
 
-def test_a_shape_is_measured_once() -> None:
+def test_a_shape_is_measured_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     choose, measure = chooser({"x": Fake(), "y": Fake()}, {"x": 1, "y": 2})
-    assert names(choose) == names(choose) == ["x", "y"]
+    with caplog.at_level(logging.INFO):
+        assert names(choose) == names(choose) == ["x", "y"]
     assert len(measure.asked) == 1
+    assert caplog.text.count("32x128 g64 float16 is computed by x") == 1
     names(choose, torch.bfloat16)
     assert len(measure.asked) == 2, "another dtype is another matter"
 

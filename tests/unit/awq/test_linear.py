@@ -323,7 +323,7 @@ def test_the_gpu_backend_notices_another_order_and_another_product(
 
 
 @needs_gpu
-@pytest.mark.parametrize("backend", ["reference", "cuda_int4"])
+@pytest.mark.parametrize("backend", ["reference", "cuda_int4", "cuda_triton"])
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 200])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_backends_on_a_gpu_are_within_bf16_of_the_exact_product(

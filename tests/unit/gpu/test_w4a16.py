@@ -295,6 +295,8 @@ def test_a_warm_layer_can_be_captured_in_a_graph(
     rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TINYCHAT_W4A16_SECONDS", "20")
+    monkeypatch.setattr("models.awq.backends.cuda._choosers", {})
     layer, weight = _layer(512, 1024, 128, torch.float16, CHOICE)
     warm_up_linears(layer, torch.float16, 64)
     x = torch.zeros(rows, 1024, device="cuda", dtype=torch.float16)
