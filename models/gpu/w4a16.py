@@ -82,6 +82,7 @@ class Plan(NamedTuple):
         kernel: "gemv" for one row, "gemm" for more, "dense" for cuBLAS on dequantised weights.
         block_m, block_n: rows and outputs of a tile.
         split_k: programs that share a tile's inputs.
+        stages: of the pipeline that brings in what is multiplied next.
     """
 
     kernel: Literal["gemv", "gemm", "dense"]
@@ -183,15 +184,19 @@ def _gemv_plans(n: int, k: int, processors: int, thorough: bool) -> tuple[Plan, 
         warps = n // plan.block_n * plan.split_k * plan.warps
         turn = GEMV_INPUTS * plan.warps * plan.split_k
         idle = -(-k // turn) * turn / k
-        return max(0, BUSY_WARPS * processors - warps), idle, -plan.block_n
+        return max(0, BUSY_WARPS * processors - warps), idle, abs(plan.block_n - 8)
 
     most = max(1, min(8 if thorough else 4, k // GEMV_INPUTS))
     candidates = [
-        Plan("gemv", 1, block_n, split_k, warps)
+        Plan("gemv", 1, block_n, split_k, warps, stages)
         for split_k in ((1, 2, 4) if thorough else (1, 2))
         for warps in (1, 2, 4, 8)
         for block_n in (4, 8, 16)
-        if warps * split_k <= most and (thorough or split_k == 1 or block_n == 8)
+        # A second turn's weights take registers, of which a block of 16 has none left.
+        for stages in ((1, 2) if k > GEMV_INPUTS * warps * split_k and block_n < 16 else (1,))
+        if warps * split_k <= most
+        and (thorough or split_k == 1 or block_n == 8)
+        and (thorough or stages == 2 or block_n == 16 or k <= GEMV_INPUTS * warps * split_k)
     ]
     return tuple(sorted(candidates, key=score))[: None if thorough else FEW_PLANS]
 
@@ -251,6 +256,7 @@ def matmul(x: Tensor, weights: Weights, in_features: int, group_size: int, plan:
         "BLOCK_N": plan.block_n,
         "SPLIT": split_k > 1,
         "EVEN_K": in_features % CHUNK == 0,
+        "STAGES": plan.stages,
         "num_warps": plan.warps,
     }
     with torch.cuda.device_of(x):
@@ -262,7 +268,7 @@ def matmul(x: Tensor, weights: Weights, in_features: int, group_size: int, plan:
         else:
             kernels.gemm[(tiles, split_k)](
                 *tensors, rows, *sizes, grouping.chunks_per_group,
-                BLOCK_M=plan.block_m, STAGES=plan.stages, **options,
+                BLOCK_M=plan.block_m, **options,
             )  # fmt: skip
     return y
 

@@ -55,6 +55,11 @@ def _multiply(q, subtract, x, total):
     return tl.dot(q - subtract, x, total)
 
 
+@triton.jit
+def _load_words(row_ptrs, row_mask, word, words):
+    return tl.load(row_ptrs + word, mask=row_mask[:, None] & (word < words), other=0)
+
+
 @triton.jit(do_not_specialize=["groups"])
 def gemv(
     x_ptr,
@@ -74,6 +79,7 @@ def gemv(
     BLOCK_WORDS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One row of x, without the tensor cores: y (N,) = W x.
 
@@ -94,25 +100,29 @@ def gemv(
         PARTS: groups in a chunk, 1 where a group is a chunk or longer.
         SPLIT: programs share the inputs, as many as the grid has in its second dimension.
         EVEN_K: k is a multiple of CHUNK.
+        STAGES: 2: a turn's weights are asked for before the turn before it is computed.
     """
     UNITS: tl.constexpr = BLOCK_WORDS // 4
     NIBBLES: tl.constexpr = 8 // PARTS
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < n
-    row_starts = rows.to(tl.int64) * words
+    row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * words
     group_starts = rows * groups
-    lane = tl.arange(0, BLOCK_WORDS)
+    lane = tl.arange(0, BLOCK_WORDS)[None, :]
     unit = tl.arange(0, UNITS)
 
+    first = tl.program_id(1) * BLOCK_WORDS
+    if STAGES > 1:
+        ahead = _load_words(row_ptrs, row_mask, first + lane, words)
     total = tl.zeros((BLOCK_N, UNITS), dtype=tl.float32)
     step = tl.num_programs(1) * BLOCK_WORDS
-    for start in range(tl.program_id(1) * BLOCK_WORDS, words, step):
-        word = (start + lane)[None, :]
-        packed = tl.load(
-            weight_ptr + row_starts[:, None] + word,
-            mask=row_mask[:, None] & (word < words),
-            other=0,
-        )
+    for start in range(first, words, step):
+        word = start + lane
+        if STAGES > 1:
+            packed = ahead
+            ahead = _load_words(row_ptrs, row_mask, word + step, words)
+        else:
+            packed = _load_words(row_ptrs, row_mask, word, words)
         upper = packed >> 12
         inputs = word // WORDS * CHUNK + word % WORDS
         unit_word = start + 4 * unit

@@ -104,11 +104,17 @@ class Chooser:
             for name, backend in self._backends.items()
             if backend.unsupported(shape, device, dtype) is None
         }
+        key = layer_key(shape, dtype)
+        if not able and key not in self._told:
+            self._told.add(key)
+            reasons = (
+                f"{n}: {b.unsupported(shape, device, dtype)}" for n, b in self._backends.items()
+            )
+            logger.warning("no fast backend can do %s: %s", key, "; ".join(reasons))
         known = self._timings.of(shape, dtype)
         if len(able) > 1 or any(len(b.plans(shape, 1, device)) > 1 for b in able.values()):
             self._measure_missing(able, shape, device, dtype, known)
         ranked = rank(able, known)
-        key = layer_key(shape, dtype)
         if ranked and key not in self._told:
             self._told.add(key)
             logger.info("%s is computed by %s", key, ranked[0])

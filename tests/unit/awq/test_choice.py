@@ -120,6 +120,14 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose() -> None:
     assert names(choose) == ["able"] and len(measure.asked) == 1
 
 
+def test_that_nothing_fast_can_do_a_layer_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    choose, _ = chooser({"x": Fake(cannot="too odd"), "y": Fake(cannot="too old")}, {})
+    assert names(choose) == names(choose) == []
+    assert (
+        caplog.text.count("no fast backend can do 32x128 g64 float16: x: too odd; y: too old") == 1
+    )
+
+
 def test_unmeasured_backends_are_taken_in_their_order_and_by_their_own_plan() -> None:
     first = Fake("mine", "other")
     choose, measure = chooser({"first": first, "second": Fake()}, {}, seconds=0)

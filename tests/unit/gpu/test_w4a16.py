@@ -180,18 +180,18 @@ def _local_memory(cubin: bytes) -> int:
 def _constants(plan: Plan, parts: int = 1, *, even: bool = True) -> dict[str, Any]:
     constants: dict[str, Any] = {
         "PARTS": parts, "BLOCK_N": plan.block_n, "SPLIT": plan.split_k > 1, "EVEN_K": even,
-        "chunks_per_group": 1,  # as triton makes of an argument that is 1
+        "STAGES": plan.stages, "chunks_per_group": 1,  # as triton makes of an argument that is 1
     }  # fmt: skip
     if plan.kernel == "gemv":
         return {**constants, "BLOCK_WORDS": 128 * plan.warps}
-    return {**constants, "BLOCK_M": plan.block_m, "STAGES": plan.stages}
+    return {**constants, "BLOCK_M": plan.block_m}
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("plan", "dtype", "parts"), [
     (Plan("gemv", 1, 8, 1, 4), "fp16", 1), (Plan("gemv", 1, 4, 2, 2), "bf16", 1),
-    (Plan("gemv", 1, 8, 1, 1), "fp16", 4),
+    (Plan("gemv", 1, 8, 1, 1, 2), "fp16", 1), (Plan("gemv", 1, 8, 1, 1), "fp16", 4),
     (Plan("gemm", 16, 128, 4, 4, 3), "bf16", 1), (Plan("gemm", 16, 64, 1, 4, 4), "fp16", 2),
     (Plan("gemm", 128, 128, 1, 8, 3), "fp16", 1),
 ])  # fmt: skip

@@ -64,7 +64,15 @@ def test_one_row(n: int, k: int, group: int, split: int, dtype: torch.dtype) -> 
     assert_exact_but_for_rounding(Layer(n, k, group), inputs(1, k, dtype), plan)
 
 
-@pytest.mark.parametrize("plan", [Plan("gemv", 1, 2, 1, 4), Plan("gemv", 1, 16, 2, 2)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan("gemv", 1, 2, 1, 4),
+        Plan("gemv", 1, 16, 2, 1),
+        Plan("gemv", 1, 8, 1, 1, 2),
+        Plan("gemv", 1, 4, 2, 1, 2),
+    ],
+)
 def test_one_row_in_other_blocks(plan: Plan) -> None:
     assert_exact_but_for_rounding(Layer(21, 2560, 128), inputs(1, 2560, F16), plan)
 
