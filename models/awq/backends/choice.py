@@ -136,17 +136,20 @@ class Chooser:
             return
         logger.info("measuring %s: %s", layer_key(shape, dtype), ", ".join(backends))
         started = self._clock()
-        for rows, timings in self._measure(backends, shape, missing, device, dtype):
-            known[rows] = timings
-            if self._clock() - started > self._seconds_left:
-                break
+        try:
+            for rows, timings in self._measure(backends, shape, missing, device, dtype):
+                known[rows] = timings
+                if self._clock() - started > self._seconds_left:
+                    break
+        except torch.OutOfMemoryError as error:
+            logger.warning("there is no memory to measure %s: %s", layer_key(shape, dtype), error)
         self._seconds_left -= self._clock() - started
         done = sum(rows in known for rows in missing)
         logger.info(
             "measured %s for %d of %d numbers of rows in %.1f s",
             layer_key(shape, dtype), done, len(missing), self._clock() - started,
         )  # fmt: skip
-        if done < len(missing):
+        if self._seconds_left <= 0 and done < len(missing):
             logger.warning("the time for measuring is up; the rest is measured at the next start")
         self._timings.save()
 

@@ -60,7 +60,8 @@ class CudaGemlite(Backend):
         from gemlite.core import forward_functional
 
         tensors = [packed[name] for name in ("W_q", "scales", "zeros", "meta_scale")]
-        out: Tensor = forward_functional(x, None, tensors, self._numbers[shape, x.dtype])
+        with torch.cuda.device_of(x):
+            out: Tensor = forward_functional(x, None, tensors, self._numbers[shape, x.dtype])
         return out
 
 

@@ -58,7 +58,8 @@ class CudaHumming(Backend):
         from humming.forward import humming_forward
 
         configuration = self._configurations[shape, x.dtype, x.device]
-        out: Tensor = humming_forward(configuration, x.contiguous(), **packed)
+        with torch.cuda.device_of(x):
+            out: Tensor = humming_forward(configuration, x.contiguous(), **packed)
         return out
 
     def _pack(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> Packed:

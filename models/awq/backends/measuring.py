@@ -20,8 +20,7 @@ from models.awq.quantized_weight import MAX_Q, QuantizedWeight
 logger = logging.getLogger(__name__)
 
 GRAPH_ROWS = 64
-"""Up to here decode steps are captured in CUDA graphs, and so is what is measured for them: a plan
-that cannot be captured is none."""
+"""Up to here a plan that cannot be captured in a CUDA graph is none: decode steps are."""
 MOST_COPIES = 32
 CALLS = 16
 """In a measurement at least, one after the other."""
@@ -47,6 +46,9 @@ def measure(
 
     Args:
         stopwatch: default: a GPU's.
+
+    Raises:
+        torch.OutOfMemoryError
     """
     stopwatch = stopwatch or time_on_gpu
     weight = random_weight(shape, device)
@@ -54,8 +56,8 @@ def measure(
     for name, backend in backends.items():
         try:
             forms[name] = copies(backend.pack(weight, device, dtype), device)
-        except (BackendMismatch, torch.OutOfMemoryError) as error:
-            logger.warning("%s is not measured: %s", name, error)
+        except BackendMismatch as mismatch:
+            logger.warning("%s is not measured: %s", name, mismatch)
     wide = weight.dequantize(dtype)
     del weight
     for count in rows:
@@ -76,20 +78,20 @@ def time_on_gpu(calls: Sequence[Callable[[], object]], rows: int) -> float:
         call()  # compiles, tunes, fills the allocator
     torch.cuda.synchronize()
     turns = math.ceil(CALLS / len(calls))
-    if rows <= GRAPH_ROWS:
+
+    def run() -> None:
+        for _ in range(turns):
+            for call in calls:
+                call()
+
+    try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(turns):
-                for call in calls:
-                    call()
-        run: Callable[[], object] = graph.replay
-    else:
-
-        def run() -> None:
-            for _ in range(turns):
-                for call in calls:
-                    call()
-
+            run()
+        run = graph.replay
+    except RuntimeError:
+        if rows <= GRAPH_ROWS:
+            raise
     run()
     shortest = math.inf
     for _ in range(REPEATS):
@@ -170,7 +172,10 @@ def fastest(
                 lambda buffers=buffers, plan=plan: backend.run(plan, x, buffers, shape)  # type: ignore[misc]
                 for buffers in packed
             ]
-            microseconds = stopwatch(calls, rows) * 1e6
+            with torch.cuda.device_of(x):
+                microseconds = stopwatch(calls, rows) * 1e6
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the plan
         except Exception as failure:  # of a compiler, of the GPU, of another's package
             logger.warning("%s (%s) fails for %d row(s): %s", name, plan, rows, failure)
             continue

@@ -154,6 +154,18 @@ def test_measuring_stops_when_its_time_is_up_and_goes_on_at_the_next_start(
     assert measure.asked == [list(ROWS[3:])]
 
 
+def test_measuring_that_finds_no_memory_leaves_the_order_as_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def measure(*_: object) -> Iterator[tuple[int, dict[str, Timing]]]:
+        yield 1, {"y": Timing("", 1.0), "x": Timing("", 2.0)}
+        raise torch.OutOfMemoryError("full")
+
+    choose = Chooser({"x": Fake(), "y": Fake()}, Timings(HERE), measure)
+    assert names(choose) == ["y", "x"], "what was measured before counts"
+    assert "there is no memory to measure 32x128 g64 float16: full" in caplog.text
+
+
 @pytest.mark.parametrize(("timings", "expected"), [
     ({}, ["a", "b", "c"]),
     ({1: {"b": 1.0, "a": 2.0}}, ["b", "a", "c"]),
