@@ -1,0 +1,338 @@
+"""What `benchmarks.gpu` is made of: parts, and in each of them cases that run one by one.
+
+A part runs in a process of its own, which writes its record anew after each case. A fault on a GPU
+poisons the process that met it, and a bad kernel may never return; so a case that ends the process
+is noted as failed, and another process goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from benchmarks.goals import Goal
+from benchmarks.gpu_limits import Limits, measure_copy, measure_products, measure_read
+from benchmarks.machine import describe_gpu, describe_machine
+
+Figures: TypeAlias = dict[str, Any]
+Scale: TypeAlias = Literal["tiny", "full"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Whose products are measured."""
+GRACE_S = 20.0
+"""For a case that is under way when its part's time is over; then the process is ended."""
+STOP_S = 15.0
+"""For a process that is told to end."""
+GOES_ON = 75
+"""Exit status: the device is broken for this process, and cases are left."""
+RUNNING, ERROR, SKIPPED = "running", "error", "skipped"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    Attributes:
+        scale: "full": the released models' sizes; "tiny": small ones, to see that it runs.
+        out: for the records.
+        models: for checkpoints, which are used again where they are there.
+    """
+
+    device: torch.device
+    scale: Scale
+    out: Path
+    models: Path
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def limits(self) -> Limits:
+        """Those of the part "limits", or measured now where it has not run."""
+        path = self.out / "limits.json"
+        cases = Record.read(path).cases if path.exists() else {}
+        if all("value" in cases.get(name, {}) for name in ("copy", "read", *_DTYPES)):
+            return Limits(
+                cases["copy"]["value"],
+                cases["read"]["value"],
+                {name: cases[name]["value"] for name in _DTYPES},
+            )
+        return Limits(
+            measure_copy(self.device, self.limit_bytes),
+            measure_read(self.device, self.limit_bytes),
+            {n: measure_products(self.device, d, self.limit_size) for n, d in _DTYPES.items()},
+        )
+
+    @property
+    def limit_bytes(self) -> int:
+        """Of the tensors that are copied and read: far larger than any cache."""
+        return 1 << 32 if self.scale == "full" else 1 << 26
+
+    @property
+    def limit_size(self) -> int:
+        """Of the products."""
+        return 8192 if self.scale == "full" else 256
+
+    def settle(self) -> None:
+        """Waits for the device, so that a fault is met by the case that made it."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+Case: TypeAlias = Callable[[], Figures]
+
+
+class Part(ABC):
+    """
+    Attributes:
+        packages: without which it is left out.
+        seconds: that it may take of the whole.
+    """
+
+    name: str
+    packages: tuple[str, ...] = ()
+    seconds: float
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def absence(self) -> str | None:
+        """Why it cannot run here, or None."""
+        missing = [package for package in self.packages if find_spec(package) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    @abstractmethod
+    def cases(self) -> Mapping[str, Case]:
+        """By name, in the order in which they run. They may share what is loaded."""
+
+    def goals(self, cases: Mapping[str, Figures]) -> Iterator[Goal]:
+        """Of the figures by case; those that have failed are not among them."""
+        yield from ()
+
+    def lines(self, cases: Mapping[str, Figures]) -> Iterator[str]:
+        """The figures for people, in Markdown."""
+        for name, figures in cases.items():
+            yield f"- {name}: " + ", ".join(f"{k} {_short(v)}" for k, v in figures.items())
+
+    def close(self) -> None:
+        """Lets go of what is loaded."""
+
+
+@dataclass
+class Record:
+    """One part's file.
+
+    Attributes:
+        cases: figures by the case's name; {"error": ...} of a failed one, {"skipped": ...} of one
+            that cannot run here.
+        left: cases that there was no time for.
+    """
+
+    path: Path
+    part: str = ""
+    device: str = ""
+    scale: str = ""
+    cases: dict[str, Figures] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    absence: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["machine"]
+        return cls(path, **values)
+
+    def write(self) -> None:
+        """Whole or not at all."""
+        own = {key: value for key, value in vars(self).items() if key != "path"}
+        values = {"machine": {**describe_machine(), **describe_gpu()}, **own}
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary.rename(self.path)
+
+    @property
+    def succeeded(self) -> dict[str, Figures]:
+        bad = (RUNNING, ERROR, SKIPPED)
+        return {n: f for n, f in self.cases.items() if not any(mark in f for mark in bad)}
+
+    @property
+    def failed(self) -> dict[str, str]:
+        return {name: str(f[ERROR]) for name, f in self.cases.items() if ERROR in f}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return {name: str(f[SKIPPED]) for name, f in self.cases.items() if SKIPPED in f}
+
+
+def run_cases(part: Part, record: Record, until: float) -> int:
+    """In the part's process: the cases that the record does not have yet.
+
+    Args:
+        until: `time.monotonic()` after which none is begun.
+
+    Returns:
+        the exit status.
+    """
+    cases = part.cases()
+    waiting = [name for name in cases if name not in record.cases]
+    with _ending_in_order():
+        try:
+            for index, name in enumerate(waiting):
+                if time.monotonic() >= until:
+                    record.left = waiting[index:]
+                    break
+                record.cases[name] = {RUNNING: True}
+                record.write()
+                started = time.monotonic()
+                try:
+                    figures = cases[name]()
+                    part.setting.settle()
+                except Exception as error:
+                    traceback.print_exc()
+                    figures = {ERROR: f"{type(error).__name__}: {error}"[:2000]}
+                figures["seconds"] = round(time.monotonic() - started, 3)
+                record.cases[name] = figures
+                record.write()
+                print(f"  {part.name}: {name}: {_outcome(figures)}", flush=True)
+                if ERROR in figures and not _is_usable(part.setting):
+                    return GOES_ON
+            record.goals = [goal.as_json() for goal in part.goals(record.succeeded)]
+            record.write()
+        finally:
+            part.close()
+    return 0
+
+
+def run_part(part: Part, record: Record, until: float, command: Sequence[str]) -> Record:
+    """In the command's process: the part's cases, in as many processes as it takes.
+
+    Args:
+        record: an empty one, not written yet.
+        command: starts a process that calls `run_cases` with this record's file.
+    """
+    record.absence = part.absence()
+    record.write()
+    while record.absence is None and time.monotonic() < until:
+        known = len(record.cases)
+        process = subprocess.Popen([sys.executable, *command, "--until", repr(until)])
+        ended = _wait(process, until + GRACE_S)
+        record = Record.read(record.path)
+        for name, figures in record.cases.items():
+            if RUNNING in figures:
+                record.cases[name] = {ERROR: _cause(process.returncode, ended)}
+        record.write()
+        if process.returncode == 0 or not ended or len(record.cases) == known:
+            break
+    if record.absence is None:
+        record.left = [name for name in part.cases() if name not in record.cases]
+        record.goals = [goal.as_json() for goal in part.goals(record.succeeded)]
+    record.write()
+    return record
+
+
+def _wait(process: subprocess.Popen[bytes], until: float) -> bool:
+    """Whether it has ended by itself."""
+    try:
+        process.wait(max(0.1, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+    except BaseException:  # the command was interrupted
+        process.terminate()
+        process.wait(STOP_S)
+        raise
+    return True
+
+
+def _cause(status: int, ended: bool) -> str:
+    if not ended:
+        return "it had not ended when the part's time was over"
+    if status < 0:
+        return f"its process died of {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM closes what is open, as an exception does."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_usable(setting: Setting) -> bool:
+    """Whether the device still answers this process."""
+    try:
+        torch.zeros(1, device=setting.device).add_(1).item()
+        setting.settle()
+    except Exception:
+        return False
+    return True
+
+
+def _outcome(figures: Figures) -> str:
+    for mark in (ERROR, SKIPPED):
+        if mark in figures:
+            return f"{mark}: {figures[mark]}"
+    return ", ".join(f"{key} {_short(value)}" for key, value in figures.items())
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, dict)) and len(value) > 4:
+        return f"[{len(value)}]"
+    return str(value)
+
+
+class LimitsPart(Part):
+    """Bandwidth and peak of the device."""
+
+    name = "limits"
+    seconds = 40.0
+
+    def cases(self) -> Mapping[str, Case]:
+        setting = self.setting
+        return {
+            "copy": lambda: {"value": measure_copy(setting.device, setting.limit_bytes)},
+            "read": lambda: {"value": measure_read(setting.device, setting.limit_bytes)},
+            **{
+                name: lambda dtype=dtype: {
+                    "value": measure_products(setting.device, dtype, setting.limit_size)
+                }
+                for name, dtype in _DTYPES.items()
+            },
+        }
+
+    def lines(self, cases: Mapping[str, Figures]) -> Iterator[str]:
+        for name in ("copy", "read"):
+            if name in cases:
+                yield f"- {name}: {cases[name]['value'] / 1e9:.0f} GB/s"
+        for name in _DTYPES:
+            if name in cases:
+                yield f"- {name} products: {cases[name]['value'] / 1e12:.2f} TFLOP/s"
