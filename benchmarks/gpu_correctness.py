@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ FORMATS = ("llm-awq-v1", "llm-awq-v0", "autoawq", "compressed-tensors", "compres
 LAYOUTS = {"llava": "llava-v1.5-7b", "vila": "vila1.5-3b", "hf": "llava-1.5-7b-hf"}
 """A family of each."""
 SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 512, "kv_cache_bytes": 16 << 20}
+KINDS = (
+    "demo", "NaN in unused KV blocks", "large values in unused KV blocks", "repeated runs",
+    "company", "family", "format",
+)  # fmt: skip
+"""Beginnings of the cases' names."""
 LARGE_FINITE = 3e4
 """Nearly fp16's largest: what stale blocks can hold at most."""
 
@@ -203,6 +208,28 @@ class CorrectnessPart(Part):
                 )  # fmt: skip
         return cases
 
+    def lines(self, cases: Mapping[str, Figures]) -> Iterator[str]:
+        yield "| backend, dtype | layers | largest error |"
+        yield "|---|---:|---:|"
+        for name, own in cases.items():
+            if "layers" in own:
+                backend = name.removeprefix("backend ")
+                yield f"| {backend} | {own['layers']} | {own['largest']:.2g} |"
+        yield ""
+        yield "| what | cases | largest difference of log-probabilities |"
+        yield "|---|---:|---:|"
+        for kind in KINDS:
+            differences = [
+                difference
+                for name, own in cases.items()
+                if name.startswith(kind)
+                for difference in _differences(own)
+            ]
+            count = sum(name.startswith(kind) for name in cases)
+            worst = f"{max(differences):.2g}" if differences else "-"
+            if count:
+                yield f"| {kind} | {count} | {worst} |"
+
     # ---- the cases --------------------------------------------------------------------------
 
     def _backend(self, backend: Backend, dtype: str) -> Figures:
@@ -301,6 +328,15 @@ class CorrectnessPart(Part):
             folder, None, precision,  # type: ignore[arg-type]
             device=device or self.setting.device.type, dtype=dtype, **{**SMALL, **options},
         )  # fmt: skip
+
+
+def _differences(figures: Figures) -> Iterator[float]:
+    """All that a case has found, however deep."""
+    for key, value in figures.items():
+        if key == "difference":
+            yield value
+        elif isinstance(value, dict):
+            yield from _differences(value)
 
 
 def _bit_equal(expected: Sequence[Spoken], got: Sequence[Spoken]) -> Figures:
