@@ -23,9 +23,7 @@ from benchmarks.piped_arm import PipedArm
 from benchmarks.report import print_goals, print_table, write_record
 
 
-def engine_arm(
-    model_path: str, max_num_seqs: int, options: Mapping[str, Any] | None = None
-) -> Arm:
+def engine_arm(model_path: str, max_num_seqs: int, options: Mapping[str, Any] | None = None) -> Arm:
     """
     Args:
         options: further ones of `load_engine`.

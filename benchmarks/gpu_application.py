@@ -60,7 +60,7 @@ class ApplicationPart(Part):
         folder = checkpoint(self.setting, MODEL) if full else DEMO_CHECKPOINT
         most = max(plan.streams)
         options = {
-            "device": self.setting.device.type,
+            "device": self.setting.kind,
             "kv_cache_bytes": (16 << 30) if full else (64 << 20),
             "max_num_seqs": most,
         }

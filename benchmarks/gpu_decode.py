@@ -215,7 +215,7 @@ class DecodePart(Part):
     def _next_turn(self, model: str) -> Figures:
         engine = self._engine(model)
         return asdict(
-            measure_turn(engine, self._sizes.history, True, 2, self.setting.device.type)
+            measure_turn(engine, self._sizes.history, True, 2, self.setting.kind)
         )  # fmt: skip
 
     def _peer_speed(self, model: str, streams: int) -> Figures:
@@ -256,7 +256,7 @@ class DecodePart(Part):
 
     def _measured(self) -> Limits:
         if self._limits is None:
-            self._limits = self.setting.limits()
+            self._limits = Limits.of(self.setting)
         return self._limits
 
 

@@ -10,12 +10,14 @@ writing of new keys and values) is left out, so that no implementation can reach
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from benchmarks.gpu_parts import Case, Figures, Part, Record, Setting
 from benchmarks.stopwatch import Stopwatch
 from models.checkpoints import ModelSpec
 from models.language.kv_cache import KVCacheShape, head_dim
@@ -25,6 +27,8 @@ from models.vision.encoder import VisionEncoder
 WEIGHT_BITS, SCALE_BITS, ZERO_BITS = 4, 16, 4
 HALF = 2
 """Bytes of a value in 16 bits."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Whose products are measured."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class Limits:
     copy_bytes_per_s: float
     read_bytes_per_s: float
     ops_per_s: dict[str, float]
+
+    @classmethod
+    def of(cls, setting: Setting) -> Limits:
+        """Those that the part "limits" has measured, or measured now where it has not run."""
+        path = setting.out / f"{LimitsPart.name}.json"
+        figures = Record.read(path).succeeded if path.exists() else {}
+        measured = LimitsPart(setting).cases()
+        values = {name: figures.get(name) or case() for name, case in measured.items()}
+        return cls(
+            values["copy"]["value"],
+            values["read"]["value"],
+            {name: values[name]["value"] for name in DTYPES},
+        )
 
     @property
     def bytes_per_s(self) -> float:
@@ -166,3 +183,31 @@ def _attention_ops(config: PreTrainedConfig) -> int:
 
 def _linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+class LimitsPart(Part):
+    """Bandwidth and peak of the device."""
+
+    name = "limits"
+    seconds = 40.0
+
+    def cases(self) -> Mapping[str, Case]:
+        device, full = self.setting.device, self.setting.scale == "full"
+        num_bytes = 1 << 32 if full else 1 << 26  # far larger than any cache
+        size = 8192 if full else 256
+        return {
+            "copy": lambda: {"value": measure_copy(device, num_bytes)},
+            "read": lambda: {"value": measure_read(device, num_bytes)},
+            **{
+                name: lambda dtype=dtype: {"value": measure_products(device, dtype, size)}
+                for name, dtype in DTYPES.items()
+            },
+        }
+
+    def lines(self, cases: Mapping[str, Figures]) -> Iterator[str]:
+        for name in ("copy", "read"):
+            if name in cases:
+                yield f"- {name}: {cases[name]['value'] / 1e9:.0f} GB/s"
+        for name in DTYPES:
+            if name in cases:
+                yield f"- {name} products: {cases[name]['value'] / 1e12:.2f} TFLOP/s"

@@ -55,7 +55,7 @@ class LoadedEngine:
             if self._setting.is_gpu:
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            self._engine = load_engine(folder, device=self._setting.device.type, **options)
+            self._engine = load_engine(folder, device=self._setting.kind, **options)
             self.load_s = time.monotonic() - started
             self._folder = folder
         return self._engine

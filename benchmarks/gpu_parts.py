@@ -20,19 +20,16 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from benchmarks.goals import Goal
-from benchmarks.gpu_limits import Limits, measure_copy, measure_products, measure_read
-from benchmarks.machine import describe_gpu, describe_machine
+
+if TYPE_CHECKING:
+    import torch
 
 Figures: TypeAlias = dict[str, Any]
 Scale: TypeAlias = Literal["tiny", "full"]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Whose products are measured."""
 GRACE_S = 20.0
 """For a case that is under way when its part's time is over; then the process is ended."""
 STOP_S = 15.0
@@ -51,45 +48,39 @@ class Setting:
         models: for checkpoints, which are used again where they are there.
     """
 
-    device: torch.device
+    kind: Literal["cuda", "cpu"]
     scale: Scale
     out: Path
     models: Path
 
     @property
     def is_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def limits(self) -> Limits:
-        """Those of the part "limits", or measured now where it has not run."""
-        path = self.out / "limits.json"
-        cases = Record.read(path).cases if path.exists() else {}
-        if all("value" in cases.get(name, {}) for name in ("copy", "read", *_DTYPES)):
-            return Limits(
-                cases["copy"]["value"],
-                cases["read"]["value"],
-                {name: cases[name]["value"] for name in _DTYPES},
-            )
-        return Limits(
-            measure_copy(self.device, self.limit_bytes),
-            measure_read(self.device, self.limit_bytes),
-            {n: measure_products(self.device, d, self.limit_size) for n, d in _DTYPES.items()},
-        )
+        return self.kind == "cuda"
 
     @property
-    def limit_bytes(self) -> int:
-        """Of the tensors that are copied and read: far larger than any cache."""
-        return 1 << 32 if self.scale == "full" else 1 << 26
+    def device(self) -> torch.device:
+        import torch
 
-    @property
-    def limit_size(self) -> int:
-        """Of the products."""
-        return 8192 if self.scale == "full" else 256
+        return torch.device(self.kind)
 
     def settle(self) -> None:
         """Waits for the device, so that a fault is met by the case that made it."""
         if self.is_gpu:
-            torch.cuda.synchronize(self.device)
+            import torch
+
+            torch.cuda.synchronize()
+
+    def is_usable(self) -> bool:
+        """Whether the device still answers this process."""
+        if not self.is_gpu:
+            return True
+        import torch
+
+        try:
+            torch.zeros(1, device=self.device).add_(1).item()
+        except Exception:
+            return False
+        return True
 
 
 Case: TypeAlias = Callable[[], Figures]
@@ -119,15 +110,16 @@ class Part(ABC):
         """By name, in the order in which they run. They may share what is loaded."""
 
     def goals(self, cases: Mapping[str, Figures]) -> Iterator[Goal]:
-        """Of the figures by case; those that have failed are not among them."""
+        """Of the figures by case, those that have failed left out. A GPU's: they are not asked for
+        on a CPU."""
         yield from ()
 
     def lines(self, cases: Mapping[str, Figures]) -> Iterator[str]:
         """The figures for people, in Markdown."""
         for name, figures in cases.items():
-            yield f"- {name}: " + ", ".join(f"{k} {_short(v)}" for k, v in figures.items())
+            yield f"- {name}: " + ", ".join(f"{k} {short(v)}" for k, v in figures.items())
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nothing)
         """Lets go of what is loaded."""
 
 
@@ -139,12 +131,13 @@ class Record:
         cases: figures by the case's name; {"error": ...} of a failed one, {"skipped": ...} of one
             that cannot run here.
         left: cases that there was no time for.
+        absence: why the part could not run at all.
     """
 
     path: Path
-    part: str = ""
-    device: str = ""
-    scale: str = ""
+    part: str
+    scale: str
+    machine: dict[str, Any]
     cases: dict[str, Figures] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     goals: list[dict[str, Any]] = field(default_factory=list)
@@ -152,14 +145,11 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        del values["machine"]
-        return cls(path, **values)
+        return cls(path, **json.loads(path.read_text(encoding="utf-8")))
 
     def write(self) -> None:
         """Whole or not at all."""
-        own = {key: value for key, value in vars(self).items() if key != "path"}
-        values = {"machine": {**describe_machine(), **describe_gpu()}, **own}
+        values = {key: value for key, value in vars(self).items() if key != "path"}
         temporary = self.path.with_suffix(".part")
         temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         temporary.rename(self.path)
@@ -208,9 +198,8 @@ def run_cases(part: Part, record: Record, until: float) -> int:
                 record.cases[name] = figures
                 record.write()
                 print(f"  {part.name}: {name}: {_outcome(figures)}", flush=True)
-                if ERROR in figures and not _is_usable(part.setting):
+                if ERROR in figures and not part.setting.is_usable():
                     return GOES_ON
-            record.goals = [goal.as_json() for goal in part.goals(record.succeeded)]
             record.write()
         finally:
             part.close()
@@ -239,6 +228,7 @@ def run_part(part: Part, record: Record, until: float, command: Sequence[str]) -
             break
     if record.absence is None:
         record.left = [name for name in part.cases() if name not in record.cases]
+    if part.setting.is_gpu:
         record.goals = [goal.as_json() for goal in part.goals(record.succeeded)]
     record.write()
     return record
@@ -275,7 +265,7 @@ def _cause(status: int, ended: bool) -> str:
 def _ending_in_order() -> Iterator[None]:
     """SIGTERM closes what is open, as an exception does."""
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -285,54 +275,16 @@ def _ending_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _is_usable(setting: Setting) -> bool:
-    """Whether the device still answers this process."""
-    try:
-        torch.zeros(1, device=setting.device).add_(1).item()
-        setting.settle()
-    except Exception:
-        return False
-    return True
-
-
 def _outcome(figures: Figures) -> str:
     for mark in (ERROR, SKIPPED):
         if mark in figures:
             return f"{mark}: {figures[mark]}"
-    return ", ".join(f"{key} {_short(value)}" for key, value in figures.items())
+    return ", ".join(f"{key} {short(value)}" for key, value in figures.items())
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, dict)) and len(value) > 4:
         return f"[{len(value)}]"
     return str(value)
-
-
-class LimitsPart(Part):
-    """Bandwidth and peak of the device."""
-
-    name = "limits"
-    seconds = 40.0
-
-    def cases(self) -> Mapping[str, Case]:
-        setting = self.setting
-        return {
-            "copy": lambda: {"value": measure_copy(setting.device, setting.limit_bytes)},
-            "read": lambda: {"value": measure_read(setting.device, setting.limit_bytes)},
-            **{
-                name: lambda dtype=dtype: {
-                    "value": measure_products(setting.device, dtype, setting.limit_size)
-                }
-                for name, dtype in _DTYPES.items()
-            },
-        }
-
-    def lines(self, cases: Mapping[str, Figures]) -> Iterator[str]:
-        for name in ("copy", "read"):
-            if name in cases:
-                yield f"- {name}: {cases[name]['value'] / 1e9:.0f} GB/s"
-        for name in _DTYPES:
-            if name in cases:
-                yield f"- {name} products: {cases[name]['value'] / 1e12:.2f} TFLOP/s"

@@ -8,8 +8,10 @@ the engines among them cannot load these checkpoints.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,29 +64,45 @@ class PeersPart(Part):
         if not self.setting.is_gpu:
             return {SKIPPED: "its kernels need a GPU"}
         if find_spec(LLM_AWQ) is None:
-            return {SKIPPED: f"{LLM_AWQ} is not there; see docs/gpu.md for how to build it aside"}
-        kernels = import_module(LLM_AWQ)
-        watch, times = Stopwatch(self.setting.device), dict.fromkeys(ROWS, 0.0)
-        worst = 0.0
-        for name, (n, k) in LAYERS.items():
-            weight = RandomWeights(0, GROUP_SIZE).quantized(name, n, k)
-            tensors = {
-                key: value.to(self.setting.device)
-                for key, value in pack(weight, torch.float16).items()
-            }
-            exact = weight.dequantize(torch.float16).to(self.setting.device).float()
-            for rows in ROWS:
-                x = torch.randn(rows, k, device=self.setting.device).half()
-                worst = max(worst, _error(_product(kernels, x, tensors, weight), x, exact))
-                seconds = watch.best(
-                    lambda x=x, tensors=tensors, weight=weight: _product(
-                        kernels, x, tensors, weight
-                    )
-                )
-                times[rows] += seconds * 1e3 * LAYERS_OF_7B
-        if not worst <= TOLERANCE:
-            raise AssertionError(f"its products are off by {worst:.3g} of the largest output")
-        return {"ms": {str(rows): own for rows, own in times.items()}, "largest error": worst}
+            return {SKIPPED: f"{LLM_AWQ} is not there; docs/gpu.md says how to build it aside"}
+        return measure_llm_awq(import_module(LLM_AWQ), self.setting.device)
+
+
+def measure_llm_awq(kernels: Any, device: torch.device) -> Figures:
+    """Milliseconds for all layers of a 7B, by the number of rows.
+
+    Args:
+        kernels: the module, or what has its two functions.
+
+    Raises:
+        AssertionError: they compute something else than the weights say.
+    """
+    watch, times, worst = Stopwatch(device), dict.fromkeys(ROWS, 0.0), 0.0
+    for name, (n, k) in LAYERS.items():
+        weight = RandomWeights(0, GROUP_SIZE).quantized(name, n, k)
+        packed = {key: value.to(device) for key, value in pack(weight, torch.float16).items()}
+        exact = weight.dequantize(torch.float16).to(device).float()
+        for rows in ROWS:
+            x = torch.randn(rows, k, device=device).half()
+            run = partial(llm_awq_product, kernels, x, packed, weight)
+            wanted = x.float() @ exact.t()
+            error = (run().float() - wanted).abs().max() / wanted.abs().max()
+            worst = max(worst, float(error))
+            if not worst <= TOLERANCE:
+                raise AssertionError(f"{name}, {rows} rows: off by {worst:.3g} of the largest")
+            times[rows] += watch.best(run) * 1e3 * LAYERS_OF_7B
+    return {"ms": {str(rows): own for rows, own in times.items()}, "largest error": worst}
+
+
+def llm_awq_product(
+    kernels: Any, x: Tensor, packed: Mapping[str, Tensor], weight: QuantizedWeight
+) -> Tensor:
+    """(M, K) fp16 -> (M, N), by the kernel that llm-awq's WQLinear chooses."""
+    tensors = [packed[key] for key in ("qweight", "scales", "scaled_zeros")]
+    if len(x) >= GEMV_ROWS:
+        return kernels.gemm_forward_cuda_new(x, *tensors)
+    sizes = (len(x), weight.out_features, weight.in_features, weight.group_size)
+    return kernels.gemv_forward_cuda_new(x, *tensors, *sizes)
 
 
 def _installed() -> Figures:
@@ -95,21 +113,3 @@ def _installed() -> Figures:
         else:
             there.append(f"{package} {version_of(package) or '(no version)'}")
     return {"there": there, "not there": absent}
-
-
-def _product(
-    kernels: object, x: Tensor, tensors: Mapping[str, Tensor], weight: QuantizedWeight
-) -> Tensor:
-    """As llm-awq's WQLinear chooses."""
-    qweight, scales, zeros = (tensors[key] for key in ("qweight", "scales", "scaled_zeros"))
-    if len(x) < GEMV_ROWS:
-        return kernels.gemv_forward_cuda_new(  # type: ignore[attr-defined]
-            x, qweight, scales, zeros, len(x), weight.out_features, weight.in_features,
-            weight.group_size,
-        )  # fmt: skip
-    return kernels.gemm_forward_cuda_new(x, qweight, scales, zeros)  # type: ignore[attr-defined]
-
-
-def _error(got: Tensor, x: Tensor, exact: Tensor) -> float:
-    wanted = x.float() @ exact.t()
-    return ((got.float() - wanted).abs().max() / wanted.abs().max()).item()

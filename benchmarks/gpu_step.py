@@ -1,9 +1,9 @@
 """Where a step of decoding goes, on the host and on the device.
 
-The core is driven without its thread, and its parts are timed from outside. On a GPU `run` launches
-and `sample` waits for the tokens, so that what the device still has to do is seen in `sample`. How
-busy the device is, and with which kernels, torch's profiler tells, in steps of their own, since it
-slows the host down.
+The core is driven without its thread, and its parts are timed from outside. On a GPU `run` and
+`sample` launch, and `fetch` waits for the tokens of the step before: there a host waits that is
+ahead of its device. How busy the device is, and with which kernels, torch's profiler tells, in steps
+of their own, since it slows the host down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_limits import ModelCost
+from benchmarks.gpu_limits import Limits, ModelCost
 from benchmarks.gpu_models import checkpoint, free_memory
 from benchmarks.gpu_parts import Case, Figures, Part, Setting
 from benchmarks.report import plot_stacks
@@ -29,13 +29,16 @@ from benchmarks.streams import PROMPT, noise
 from models import SamplingParams
 from models.engine.core import EngineCore
 from models.engine.preparation import RequestPreparer
+from models.engine.sampler import SampledTokens
 from models.language.attention import AttentionBatch
 from models.loading import LoadedCore, load_core
 
 MODEL = "llava-v1.5-7b"
 KERNELS = 12
 """The most expensive ones, which are named."""
-PHASES = ("schedule", "lay out", "run", "sample", "commit")
+PHASES = ("schedule", "lay out", "run", "sample", "fetch", "commit")
+LAYOUTS = (AttentionBatch,)
+"""Whose `build` lays a step out, within `run`."""
 
 
 class StepPart(Part):
@@ -95,6 +98,8 @@ class StepPart(Part):
         busy_ms, wall_ms, kernels = profiled_steps(core, max(2, self._steps // 4), self.setting)
         for request_id in ids:
             core.abort(request_id)
+        while core.has_work:
+            core.step()
         limit = ModelCost.of(loaded.model.spec).decode(streams, context)
         return {
             "streams": streams,
@@ -103,7 +108,7 @@ class StepPart(Part):
             "device busy_ms": busy_ms,
             "profiled step_ms": wall_ms,
             "idle share": max(0.0, 1 - busy_ms / wall_ms),
-            "limit_ms": limit.seconds(self.setting.limits()) * 1e3,
+            "limit_ms": limit.seconds(Limits.of(self.setting)) * 1e3,
             "kernels_ms": kernels,
         }
 
@@ -111,7 +116,7 @@ class StepPart(Part):
         if self._loaded is None:
             free_memory(self.setting)
             folder: Path = checkpoint(self.setting, MODEL)
-            self._loaded = load_core(folder, device=self.setting.device.type, **self._options)
+            self._loaded = load_core(folder, device=self.setting.kind, **self._options)
         return self._loaded
 
     def _start(self, loaded: LoadedCore, streams: int) -> list[str]:
@@ -141,9 +146,10 @@ def timed_steps(core: EngineCore, steps: int) -> dict[str, float]:
         spent: dict[str, float] = {}
         for target, attribute, phase in (
             (core.scheduler, "schedule", "schedule"),
-            (AttentionBatch, "build", "lay out"),
+            *((layout, "build", "lay out") for layout in LAYOUTS),
             (core.runner, "run", "run"),
             (core.sampler, "sample", "sample"),
+            (SampledTokens, "fetch", "fetch"),
             (core.scheduler, "commit", "commit"),
         ):
             stack.enter_context(_timed(target, attribute, phase, spent))
