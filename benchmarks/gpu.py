@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PARTS = {
     "limits": "benchmarks.gpu_limits:LimitsPart",
     "correctness": "benchmarks.gpu_correctness:CorrectnessPart",
-    "linears": "benchmarks.gpu_linears:LinearsPart",
+    "linears": "benchmarks.gpu_linears_part:LinearsPart",
     "decode": "benchmarks.gpu_decode:DecodePart",
     "step": "benchmarks.gpu_step:StepPart",
     "application": "benchmarks.gpu_application:ApplicationPart",
@@ -141,12 +141,13 @@ def run_all(names: Sequence[str], setting: Setting, budget_s: float) -> int:
         print(f"\n## {name}\n", flush=True)
         records.append(run_one(name, setting, machine, end))
     failures = [f"{r.part}: {name}: {why}" for r in records for name, why in r.failed.items()]
+    unfinished = len(records) < len(names) or any(record.left for record in records)
     goals = [goal for record in records for goal in record.goals]
     missed = [goal for goal in goals if not goal["is_met"]]
     print(f"\n{len(failures)} case(s) failed, {len(missed)} of {len(goals)} goals are missed")
     for failure in failures:
         print(f"FAILED {failure}")
-    return 1 if failures or missed or len(records) < len(names) else 0
+    return 1 if failures or missed or unfinished else 0
 
 
 def run_one(name: str, setting: Setting, machine: dict[str, Any], end: float) -> Record:
@@ -155,7 +156,7 @@ def run_one(name: str, setting: Setting, machine: dict[str, Any], end: float) ->
     record = Record(setting.out / f"{name}.json", name, setting.scale, machine)
     try:
         part = load_part(name)(setting)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         record.absence = f"cannot be imported: {error}"
         record.write()
         print(f"not run: {record.absence}")
@@ -208,7 +209,7 @@ def _is_there(module: str) -> bool:
 def load_part(name: str) -> type[Part]:
     """
     Raises:
-        ImportError: its module, or something that needs, is not there.
+        ImportError, AttributeError: its module, or something that this needs, is not there.
     """
     module, _, attribute = PARTS[name].partition(":")
     part: type[Part] = getattr(import_module(module), attribute)

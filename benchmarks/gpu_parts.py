@@ -181,9 +181,8 @@ def run_cases(part: Part, record: Record, until: float) -> int:
     waiting = [name for name in cases if name not in record.cases]
     with _ending_in_order():
         try:
-            for index, name in enumerate(waiting):
+            for name in waiting:
                 if time.monotonic() >= until:
-                    record.left = waiting[index:]
                     break
                 record.cases[name] = {RUNNING: True}
                 record.write()
@@ -223,8 +222,10 @@ def run_part(part: Part, record: Record, until: float, command: Sequence[str]) -
         for name, figures in record.cases.items():
             if RUNNING in figures:
                 record.cases[name] = {ERROR: _cause(process.returncode, ended)}
+        if len(record.cases) == known and (process.returncode or not ended):
+            record.absence = _cause(process.returncode, ended)
         record.write()
-        if process.returncode == 0 or not ended or len(record.cases) == known:
+        if process.returncode == 0 or not ended:
             break
     if record.absence is None:
         record.left = [name for name in part.cases() if name not in record.cases]

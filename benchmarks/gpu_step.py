@@ -2,8 +2,8 @@
 
 The core is driven without its thread, and its parts are timed from outside. On a GPU `run` and
 `sample` launch, and `fetch` waits for the tokens of the step before: there a host waits that is
-ahead of its device. How busy the device is, and with which kernels, torch's profiler tells, in steps
-of their own, since it slows the host down.
+ahead of its device. How busy the device is, and with which kernels, torch's profiler tells, in
+steps of their own, since it slows the host down.
 """
 
 from __future__ import annotations
