@@ -8,6 +8,7 @@ is noted as failed, and another process goes on with the next one.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,11 +92,13 @@ class Part(ABC):
     Attributes:
         packages: without which it is left out.
         seconds: that it may take of the whole.
+        environment: variables of its process.
     """
 
     name: str
     packages: tuple[str, ...] = ()
     seconds: float
+    environment: Mapping[str, str] = {}
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -216,7 +219,10 @@ def run_part(part: Part, record: Record, until: float, command: Sequence[str]) -
     record.write()
     while record.absence is None and time.monotonic() < until:
         known = len(record.cases)
-        process = subprocess.Popen([sys.executable, *command, "--until", repr(until)])
+        process = subprocess.Popen(
+            [sys.executable, *command, "--until", repr(until)],
+            env={**os.environ, **part.environment},
+        )
         ended = _wait(process, until + GRACE_S)
         record = Record.read(record.path)
         for name, figures in record.cases.items():

@@ -192,7 +192,7 @@ def profiled_steps(
         activities.append(ProfilerActivity.CUDA)
     core.step()
     setting.settle()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         started = time.perf_counter()
         for _ in range(steps):
             core.step()
