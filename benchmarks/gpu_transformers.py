@@ -24,8 +24,6 @@ from models.engine.preparation import RequestPreparer
 from models.prompts import load_tokenizer
 from models.vision import ImagePreprocessor, load_vision
 
-SPREAD = 0.02
-
 
 @dataclass(frozen=True)
 class Generated:
@@ -49,9 +47,6 @@ class Transformers:
         self._vision = load_vision(checkpoint, device, self.dtype)
         with torch.device(device):
             self._model = AutoModelForCausalLM.from_config(spec.language, dtype=self.dtype).eval()
-        for parameter in self._model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=SPREAD)
         settings = self._model.generation_config
         settings.eos_token_id, settings.pad_token_id = None, 0  # every answer is equally long
         self._preparer = RequestPreparer(
