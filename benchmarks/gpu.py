@@ -91,7 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scale", choices=("full", "tiny"), default="full", help="the models' sizes"
     )
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # a part's own process
+    parser.add_argument(
+        "--until", type=float, metavar="S",
+        help="set for a part's own process: the reading of the clock after which no case begins",
+    )  # fmt: skip
     return parser
 
 

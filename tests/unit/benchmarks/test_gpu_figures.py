@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,26 +177,24 @@ def test_llm_awqs_kernels_are_called_as_it_calls_them(monkeypatch: pytest.Monkey
 class Talking:
     """An engine that gives each stream a token at a time."""
 
-    def __init__(self, late: float) -> None:
-        self.late = late
-        self.streams = 0
+    def __init__(self, one_by_one: bool) -> None:
+        self._turn = asyncio.Lock() if one_by_one else nullcontext()
 
     async def stream(self, prompt: str, images: Any, params: Any) -> AsyncIterator[GenerationDelta]:
-        self.streams += 1
-        await asyncio.sleep(self.late * (self.streams - 1))
-        for count in range(1, params.max_new_tokens + 1):
-            await asyncio.sleep(0.01)
-            yield GenerationDelta("r", token_ids=(3,), usage=Usage(100, count))
+        async with self._turn:
+            for count in range(1, params.max_new_tokens + 1):
+                await asyncio.sleep(0.01)
+                yield GenerationDelta("r", token_ids=(3,), usage=Usage(100, count))
 
 
 def test_streams_are_counted_while_all_run() -> None:
-    engine: Any = Talking(late=0.0)
+    engine: Any = Talking(one_by_one=False)
     answered = asyncio.run(ask(engine, noise(2), 6))
     assert len(answered.first_token_s) == 2 and answered.prompt_tokens == 100
     assert 101 <= answered.context <= 105
-    with pytest.raises(RuntimeError, match="2 tokens ended before the last one began"):
-        engine = Talking(late=0.3)
-        asyncio.run(ask(engine, noise(2), 2))
+    engine = Talking(one_by_one=True)
+    with pytest.raises(RuntimeError, match="3 tokens ended before the last one began"):
+        asyncio.run(ask(engine, noise(2), 3))
 
 
 def test_models_are_measured_beside_transformers_and_their_limits(tmp_path: Path) -> None:

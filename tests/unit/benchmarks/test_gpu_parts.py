@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,17 +14,18 @@ from benchmarks.gpu_parts import Part, Record, run_cases, run_part
 from tests.unit.benchmarks.fragile_part import FragilePart, HangingPart, UnloadablePart, setting
 
 MACHINE = {"cpus": 2}
+LONG_S = 600.0
 
 
-def run(kind: type[Part], folder: Path, seconds: float) -> Record:
+def run(kind: type[Part], folder: Path) -> Record:
     part = kind(setting(folder))
     record = Record(folder / f"{part.name}.json", part.name, "tiny", MACHINE)
     command = ["-m", "tests.unit.benchmarks.fragile_part", part.name, str(folder)]
-    return run_part(part, record, time.monotonic() + seconds, command)
+    return run_part(part, record, time.monotonic() + LONG_S, command)
 
 
 def test_a_case_that_ends_its_process_costs_no_other_case(tmp_path: Path) -> None:
-    record = run(FragilePart, tmp_path, 60)
+    record = run(FragilePart, tmp_path)
     assert list(record.cases) == ["sound", "raises", "dies", "after"]
     assert [record.cases[name]["answer"] for name in ("sound", "after")] == [42, 42]
     assert record.failed == {
@@ -37,15 +39,22 @@ def test_a_case_that_ends_its_process_costs_no_other_case(tmp_path: Path) -> Non
 def test_a_case_that_never_ends_is_ended_and_the_rest_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_parts, "GRACE_S", 0.0)
-    record = run(HangingPart, tmp_path, 3)
+    wait = gpu_parts._wait
+
+    def wait_until_it_hangs(process: subprocess.Popen[bytes], until: float) -> bool:
+        while "hangs" not in Record.read(tmp_path / "hanging.json").cases:
+            time.sleep(0.02)
+        return wait(process, time.monotonic())
+
+    monkeypatch.setattr(gpu_parts, "_wait", wait_until_it_hangs)
+    record = run(HangingPart, tmp_path)
     assert list(record.succeeded) == ["sound"] and record.left == ["after"]
     assert record.failed == {"hangs": "it had not ended when the part's time was over"}
     assert (tmp_path / "closed").exists()  # what was open was closed
 
 
 def test_a_part_whose_process_cannot_begin_says_so(tmp_path: Path) -> None:
-    record = run(UnloadablePart, tmp_path, 60)
+    record = run(UnloadablePart, tmp_path)
     assert (record.cases, record.absence) == ({}, "its process ended with status 1")
 
 
@@ -60,7 +69,7 @@ def test_a_broken_device_ends_the_process_so_that_another_goes_on(
 ) -> None:
     monkeypatch.setattr(gpu_parts.Setting, "is_usable", lambda self: False)
     record = Record(tmp_path / "fragile.json", "fragile", "tiny", MACHINE)
-    until = time.monotonic() + 60
+    until = time.monotonic() + LONG_S
     assert run_cases(FragilePart(setting(tmp_path)), record, until) == gpu_parts.GOES_ON
     assert list(record.cases) == ["sound", "raises"]
 
@@ -69,7 +78,7 @@ def test_a_part_that_lacks_a_package_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FragilePart, "packages", ("json", "no_such_package"))
-    assert run(FragilePart, tmp_path, 60).absence == "not installed: no_such_package"
+    assert run(FragilePart, tmp_path).absence == "not installed: no_such_package"
 
 
 def test_what_is_not_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
