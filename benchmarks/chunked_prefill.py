@@ -57,8 +57,9 @@ class Limits(NamedTuple):
 class Figures:
     """
     Attributes:
-        quiet_s, busy_s: a running stream's time per token, mean, before the prompts came and while
-            they were computed.
+        quiet_s, busy_s: a running stream's time per token, mean, without the prompts and while
+            they were computed. Without them is before they came and after they were computed, in
+            equal parts, since each token takes longer than the one before it: it attends to more.
         longest_s: between two tokens of a stream meanwhile.
         first_token_s: of the arriving prompts, mean.
         prompt_tokens_per_s: of the arriving prompts together.
@@ -89,22 +90,31 @@ async def measure(engine: Engine, seed: int, prompt_tokens: int) -> Figures:
 
     prompts = [words.text(prompt_tokens) for _ in range(ARRIVING)]
     running = [asyncio.create_task(stream(times)) for times in arrivals]
-    while min(map(len, arrivals)) < QUIET_TOKENS + 1:
-        await asyncio.sleep(0.01)
+
+    async def wait_for_tokens() -> None:
+        enough = [len(times) + QUIET_TOKENS + 1 for times in arrivals]
+        while any(len(times) < n for times, n in zip(arrivals, enough, strict=True)):
+            await asyncio.sleep(0.01)
+
+    await wait_for_tokens()
     asked = time.monotonic()
     firsts = await asyncio.gather(*map(arrive, prompts))
     answered = time.monotonic()
+    await wait_for_tokens()
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    quiet = [_gaps([t for t in times if t <= asked]) for times in arrivals]
+    before = [_gaps([t for t in times if t <= asked])[-QUIET_TOKENS:] for times in arrivals]
+    after = [_gaps([t for t in times if t > answered])[:QUIET_TOKENS] for times in arrivals]
     busy = [
         # From the last token before the prompts came to the first one after they were computed.
         _gaps([max(t for t in times if t <= asked), *(t for t in times if asked < t <= answered)])
         for times in arrivals
     ]
     return Figures(
-        statistics.mean(gap for gaps in quiet for gap in gaps[-QUIET_TOKENS:]),
+        statistics.mean(
+            statistics.mean(g for gaps in part for g in gaps) for part in (before, after)
+        ),
         statistics.mean(gap for gaps in busy for gap in gaps),
         max(gap for gaps in busy for gap in gaps),
         statistics.mean(seconds for _, seconds in firsts),

@@ -113,6 +113,20 @@ class AppConfig(BaseModel):
         "on average: the smaller, the longer new requests wait for their first token. null: no "
         "limit.",
     )
+    async_scheduling: bool | None = Field(
+        None,
+        description="Hand a step to the device before the previous one's tokens have come back, so "
+        "that the device never waits; default: on a GPU only.",
+    )
+    enforce_eager: bool = Field(
+        False,
+        description="On a GPU: capture no CUDA graphs of decode steps, which take some seconds at "
+        "start and some memory.",
+    )
+    attention_backend: str = Field(
+        "auto",
+        description="`triton` (a GPU) or `torch`; auto: the fastest that runs on the device.",
+    )
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of each GPU's memory for weights and KV cache together."
@@ -323,9 +337,9 @@ class AppConfig(BaseModel):
     def engine_options(self) -> dict[str, Any]:
         """The part that `models.load_engine` takes as they are, less `max_num_seqs`."""
         names = (
-            "max_model_len", "max_num_batched_tokens", "max_prefill_slowdown", "block_size",
-            "gpu_memory_utilization", "kv_cache_bytes", "enable_prefix_caching",
-            "image_cache_bytes", "bf16_copy",
+            "max_model_len", "max_num_batched_tokens", "max_prefill_slowdown", "async_scheduling",
+            "enforce_eager", "attention_backend", "block_size", "gpu_memory_utilization",
+            "kv_cache_bytes", "enable_prefix_caching", "image_cache_bytes", "bf16_copy",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

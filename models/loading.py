@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from models.awq import backends_of, select_backend
+from models.awq import backends_of, select_backend, warm_up_linears
 from models.checkpoints import Checkpoint, open_checkpoint
 from models.device_map import DeviceMap, choose_placement
 from models.engine.allocator import keep_freed_memory
 from models.engine.core import EngineCore
+from models.engine.decode_graphs import capture_decodes
 from models.engine.engine import Engine
 from models.engine.host import EngineHost, ThreadHost
 from models.engine.image_cache import ImageEmbeddingCache
@@ -27,8 +28,10 @@ from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
 from models.engine.sizing import keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
+from models.language.attention_backends import ATTENTION_BACKENDS, attention_backend
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
+from models.language.paged_batch import PagedBatch
 from models.language.vocabulary import check_vocabulary
 from models.placement import Placement
 from models.prompts import Tokenizer, load_template, load_tokenizer, stop_token_ids
@@ -162,13 +165,25 @@ def load_core(
         dtype=kind,
         backend=backend,
     )
+    warm_up_linears(decoder, kind, options.max_num_batched_tokens or 2048)
     shape = KVCacheShape.of(spec.language, options.block_size, kind)
-    sizes = resolve_sizes(options, shape, context_length, decoder, vision, placement)
+    attention = attention_backend(target, options.attention_backend)
+    sizes = resolve_sizes(
+        options, shape, context_length, decoder, vision, placement, tokenizer, attention
+    )
+    cache = KVCache(shape, sizes.num_blocks, placement.layers)
+    graphs = None
+    if attention is PagedBatch and len(placement.devices) == 1 and not options.enforce_eager:
+        graphs = capture_decodes(
+            decoder, cache, max_rows=sizes.max_num_seqs, max_tokens=sizes.max_model_len
+        )
     runner = ModelRunner(
         decoder,
         ImageEmbeddingCache(vision, options.image_cache_bytes),
-        KVCache(shape, sizes.num_blocks, placement.layers),
+        cache,
         placement.embedding,
+        attention=attention,
+        graphs=graphs,
     )
     core = EngineCore(
         runner,
@@ -179,6 +194,9 @@ def load_core(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
         max_prefill_slowdown=options.max_prefill_slowdown,
+        async_scheduling=(
+            target.type == "cuda" if options.async_scheduling is None else options.async_scheduling
+        ),
     )
     preprocessor = ImagePreprocessor(
         spec.vision.preprocessing, vision.num_tokens_per_tile, spec.projector.merge
@@ -192,6 +210,8 @@ def load_core(
         "device": _device_names(placement),
         "dtype": str(kind).removeprefix("torch."),
         "backend": backends_of(decoder),
+        "attention": next(n for n in ATTENTION_BACKENDS if ATTENTION_BACKENDS[n] is attention),
+        "cuda_graphs": "none" if graphs is None else f"up to {graphs.sizes[-1]} sequences",
         "threads": str(threads),
         "context": f"{sizes.max_model_len} tokens",
         "kv_cache": f"{kv_tokens} tokens, "

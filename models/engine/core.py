@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 from models.engine.block_pool import BlockPool
 from models.engine.guidance import GuideCompiler
+from models.engine.in_flight import InFlight
+from models.engine.memory import OUT_OF_MEMORY, release_memory
 from models.engine.messages import EngineStats, GenerationDelta, GenerationRequest
 from models.engine.runner import ModelRunner
 from models.engine.sampler import Sampler
-from models.engine.scheduler import Scheduler
+from models.engine.scheduler import Batch, Scheduler
 from models.engine.sequence import Sequence
 from models.errors import EngineFault, RequestAborted
 from models.prompts import Tokenizer
+from models.transfer import upload
 
 
 class EngineCore:
@@ -32,10 +37,11 @@ class EngineCore:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
         max_prefill_slowdown: float | None = None,
+        async_scheduling: bool = False,
     ) -> None:
         """
         Args:
-            max_prefill_slowdown: see `EngineOptions`.
+            max_prefill_slowdown, async_scheduling: see `EngineOptions`.
         """
         self.runner = runner
         eos_token_ids = frozenset(eos_token_ids)
@@ -54,11 +60,15 @@ class EngineCore:
             eos_token_ids=eos_token_ids,
             max_prefill_slowdown=max_prefill_slowdown,
         )
+        self.async_scheduling = async_scheduling
+        self._in_flight: InFlight | None = None
+        self._last_landing = 0.0
         self.num_steps = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        in_flight = self._in_flight is not None and self._in_flight.is_awaited
+        return in_flight or self.scheduler.has_work
 
     def add(self, request: GenerationRequest, ready: Callable[[], None] = lambda: None) -> None:
         """
@@ -82,22 +92,77 @@ class EngineCore:
 
     @torch.inference_mode()
     def step(self) -> list[GenerationDelta]:
-        """Computes one batch; at most one delta per request."""
+        """Computes one batch; at most one delta per request.
+
+        With `async_scheduling` the deltas are the previous step's, and this one stays in flight:
+
+        device   ... model N, sampling N, model N + 1,                sampling N + 1, ...
+        here     ...          schedule N + 1, fetch and commit N, deliver, ...
+
+        So the device has always something to do, the sampling knows all tokens before its own, and
+        a sequence that ends with step N has a row in N + 1 that nobody reads.
+        """
         ended = self.scheduler.expire(time.monotonic()) + self.scheduler.refuse()
         batch = self.scheduler.schedule()
-        if not batch.chunks:
-            return ended
-        self.num_steps += 1
         started = time.perf_counter()
-        logits = self.runner.run(batch)
-        samples = self.sampler.sample(logits, [chunk.seq for chunk in batch.sampling])
+        batch, logits, too_large = self._run(batch)
+        ended += too_large + self._land()
+        if logits is not None:
+            self.num_steps += 1
+            self._in_flight = self._sample(batch, logits, started)
+        return ended if self.async_scheduling else ended + self._land()
+
+    def _run(self, batch: Batch) -> tuple[Batch, Tensor | None, list[GenerationDelta]]:
+        """As much of the batch as memory suffices for, and its logits. A request ends only if a
+        single token of it is too much, which may have a picture about it."""
+        has_released = False
+        while batch.chunks:
+            with suppress(*OUT_OF_MEMORY):
+                return batch, self.runner.run(batch, self._in_flight), []
+            # Here the exception is gone, and with it the tensors that its traceback held.
+            release_memory()
+            if not has_released:
+                has_released = True
+            elif batch.num_tokens > 1:
+                batch = self.scheduler.halve(batch)
+            else:
+                error = EngineFault("the device's memory is too small for this request")
+                ended = self.scheduler.finish(batch.chunks[0].seq, "error", error=error)
+                return Batch(), None, [ended]
+        return batch, None, []
+
+    def _sample(self, batch: Batch, logits: Tensor, started: float) -> InFlight:
+        sampling = [chunk.seq for chunk in batch.sampling]
+        seqs = [seq for seq in sampling if not seq.ended]
+        if len(seqs) < len(sampling):  # some have ended with the step before
+            rows = [row for row, seq in enumerate(sampling) if not seq.ended]
+            logits = logits[upload(rows, logits.device, torch.long)]
+        samples = self.sampler.sample(logits, seqs)
+        for seq in seqs:
+            seq.take_off()
+        return InFlight(batch, seqs, samples, started)
+
+    def _land(self) -> list[GenerationDelta]:
+        """Books the step that is in flight."""
+        if (step := self._in_flight) is None:
+            return []
+        samples = step.samples.fetch()
+        self._in_flight = None
+        now = time.perf_counter()
         self.scheduler.prefill_budget.observe(
-            batch.num_decodes, batch.num_prompt_tokens, time.perf_counter() - started
+            step.batch.num_decodes,
+            step.batch.num_prompt_tokens,
+            now - max(step.started, self._last_landing),
         )
-        return ended + self.scheduler.commit(batch, samples)
+        self._last_landing = now
+        return self.scheduler.commit(step.batch, step.seqs, samples)
 
     def fail_running(self, error: Exception) -> list[GenerationDelta]:
         """After a step that raised: ends what was running, frees it all, keeps those waiting."""
+        if self._in_flight is not None:
+            for seq in self._in_flight.seqs:
+                seq.land()  # what it computed is lost with it
+            self._in_flight = None
         fault = EngineFault(
             f"the engine failed while computing this request: {type(error).__name__}"
         )

@@ -30,6 +30,7 @@ class OutputText:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._ids: list[int] = []
         # ids:  [ ..released.. | context | pending ]
         #                      ^ _context ^ _read
@@ -49,6 +50,7 @@ class OutputText:
 
     def append(self, token_id: int) -> str:
         """Text that is new and final after this token; often "", while something is held back."""
+        self._num_tokens += 1
         self._ids.append(token_id)
         text = self._decode(self._context, len(self._ids))
         whole = text.rstrip(REPLACEMENT)
@@ -58,6 +60,8 @@ class OutputText:
             new, self._released = whole[len(self._released) :], whole
             self._read = len(self._ids) - 1
             return self._hold_back(new)
+        if self._is_skipped(token_id):
+            self._ids.pop()  # a character's bytes may go on behind it
         if len(self._ids) - self._read < LONGEST_UTF8:
             return ""
         # Three tokens later the oldest is still no character: it never will be, but they may.
@@ -91,9 +95,16 @@ class OutputText:
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[start:end])
 
+    def _is_skipped(self, token_id: int) -> bool:
+        """Whether it is a special token, which no text shows."""
+        alone = [token_id]
+        return self._tokenizer.decode(alone) != self._tokenizer.decode(
+            alone, skip_special_tokens=False
+        )
+
     def _hold_back(self, new: str) -> str:
         text = self._held + new
-        if len(self._ids) > self._min_tokens:
+        if self._num_tokens > self._min_tokens:
             # Each must end in what is new: what is held back may hold one that came too early.
             held = len(self._held)
             found = [

@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.engine.decode_graphs import DecodeGraphs
 from models.engine.image_cache import ImageEmbeddingCache
+from models.engine.in_flight import InFlight
+from models.engine.input_tokens import KNOWN, InputTokens, spans_of
+from models.engine.prompt_scores import score_prompts
 from models.engine.scheduler import Batch, Chunk
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import AttentionBatch
+from models.language.attention_backends import StepLayout
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache
+from models.transfer import upload
 
 
 class ModelRunner:
     """Owns the model's modules and the KV tensors."""
 
     def __init__(
-        self, decoder: Decoder, images: ImageEmbeddingCache, cache: KVCache, device: torch.device
+        self,
+        decoder: Decoder,
+        images: ImageEmbeddingCache,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        attention: type[StepLayout] = AttentionBatch,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        """
+        Args:
+            device: where embeddings and layouts go first.
+            graphs: of the same decoder and cache.
+        """
         self.decoder = decoder
         self.images = images
         self.cache = cache
         self.device = device
+        self.attention = attention
+        self.graphs = graphs
 
-    def run(self, batch: Batch) -> Tensor:
-        """(chunks that sample, vocabulary) float32 logits, in the order of `batch.sampling`."""
-        spans = [Span(c.start, c.end, c.seq.block_table) for c in batch.chunks]
-        layout = AttentionBatch.build(spans, self.cache.shape, self.device)
-        hidden = self.decoder(self._embed(batch.chunks), self.cache, layout)
-        return self.decoder.logits(hidden[_sampling_rows(batch.chunks).to(hidden.device)])
+    def run(self, batch: Batch, in_flight: InFlight | None = None) -> Tensor:
+        """(chunks that sample, vocabulary) float32 logits, in the order of `batch.sampling`.
 
-    def _embed(self, chunks: list[Chunk]) -> Tensor:
+        Args:
+            in_flight: the step before, whose tokens may not have been fetched yet.
+        """
+        if self.graphs is not None and self.graphs.can_run(batch):
+            return self.graphs.run(batch, in_flight)
+        layout = self.attention.build(spans_of(batch), self.cache.shape, self.device)
+        hidden = self.decoder(self._embed(batch.chunks, in_flight), self.cache, layout)
+        score_prompts(batch.chunks, hidden, self.decoder.logits)
+        return self.decoder.logits(hidden[_sampling_rows(batch.chunks, hidden.device)])
+
+    def _embed(self, chunks: list[Chunk], in_flight: InFlight | None) -> Tensor:
         """(tokens, hidden): token embeddings, with the pictures' laid over their positions."""
-        token_ids = [t for c in chunks for t in c.seq.token_ids[c.start : c.end]]
-        ids = torch.tensor(token_ids, device=self.device)
+        ids = self._token_ids(chunks, in_flight)
         embeddings = self.decoder.embed(ids.clamp(min=0))  # picture positions hold negative ids
         self._encode_images(chunks)
         row = 0
@@ -51,6 +77,16 @@ class ModelRunner:
             row += chunk.end - chunk.start
         return embeddings
 
+    def _token_ids(self, chunks: list[Chunk], in_flight: InFlight | None) -> Tensor:
+        """(tokens,) int64."""
+        inputs = InputTokens.of(chunks, in_flight)
+        ids = upload(inputs.ids, self.device)
+        (to,) = np.nonzero(inputs.sources != KNOWN)
+        if in_flight is not None and to.size:
+            tokens = in_flight.tokens.to(self.device)
+            ids[upload(to, self.device)] = tokens[upload(inputs.sources[to], self.device)]
+        return ids
+
     def _encode_images(self, chunks: list[Chunk]) -> None:
         """Gives the sequences the embeddings that their chunks need; one tower run for all."""
         needed = [
@@ -66,11 +102,11 @@ class ModelRunner:
                 seq.image_embeddings[index] = embeddings[image.digest]
 
 
-def _sampling_rows(chunks: list[Chunk]) -> Tensor:
+def _sampling_rows(chunks: list[Chunk], device: torch.device) -> Tensor:
     """Indices of the last token of each chunk that samples."""
     rows, end = [], 0
     for chunk in chunks:
         end += chunk.end - chunk.start
         if chunk.samples:
             rows.append(end - 1)
-    return torch.tensor(rows, dtype=torch.long)
+    return upload(rows, device, torch.long)

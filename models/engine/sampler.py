@@ -21,6 +21,7 @@ from models.engine.messages import TokenLogprobs
 from models.engine.sampling_params import SamplingParams
 from models.engine.scheduler import INVALID_TOKEN, Samples
 from models.engine.sequence import Sequence
+from models.transfer import Download, upload
 
 HIGHEST_TEMPERATURE = torch.finfo(torch.float32).max
 _MASK = (1 << 64) - 1
@@ -44,14 +45,13 @@ class Sampler:
     def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
 
-    def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> Samples:
-        """
+    def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> SampledTokens:
+        """Starts the sampling; nothing here waits for the device.
+
         Args:
             logits: (len(seqs), vocabulary), float32; may be written to.
             seqs: whose next token each row is.
         """
-        if not seqs:
-            return Samples([], [])
         _apply_guides(logits, seqs)
         asking = _rows(seqs, lambda params: params.logprobs is not None)
         raw = logits[asking].log_softmax(dim=-1) if asking else None
@@ -61,13 +61,14 @@ class Sampler:
         best, tokens = logits.max(dim=-1)
         drawn = _rows(seqs, lambda params: not params.greedy)
         if drawn:
-            rows = torch.tensor(drawn, device=logits.device)
+            rows = upload(drawn, logits.device)
             tokens[rows] = _draw(logits[rows], [seqs[row] for row in drawn])
         # One transfer per step: the check rides along with the tokens, and so do the logprobs.
         tokens = torch.where(best.isfinite(), tokens, INVALID_TOKEN)
         if raw is None:
-            return Samples(tokens.tolist(), [None] * len(seqs))
-        return _with_logprobs(tokens, raw, asking, seqs)
+            return SampledTokens(tokens, Download(tokens), [None] * len(seqs))
+        wanted = [seq.params.logprobs for seq in seqs]
+        return SampledTokens(tokens, Download(_with_logprobs(tokens, raw, asking, wanted)), wanted)
 
     def _forbid_ends(self, logits: Tensor, seqs: Rows[Sequence]) -> None:
         """`min_tokens`: no end before; except where a guide allows nothing else."""
@@ -81,8 +82,8 @@ class Sampler:
             if token < logits.shape[-1]
         ]
         if ends:
-            at, forbidden = torch.tensor(ends, device=logits.device).unbind(dim=1)
-            rows = torch.tensor(early, device=logits.device)
+            at, forbidden = upload(ends, logits.device).unbind(dim=1)
+            rows = upload(early, logits.device)
             before = logits[rows]
             after = before.index_put((at, forbidden), before.new_tensor(-torch.inf))
             has_others = after.amax(dim=-1, keepdim=True) > -torch.inf
@@ -91,6 +92,43 @@ class Sampler:
     def _ends_of(self, seq: Sequence) -> set[int]:
         own = set(seq.params.stop_token_ids)
         return own if seq.params.ignore_eos and seq.guide is None else own | self._eos_token_ids
+
+
+class SampledTokens:
+    """A step's tokens, on the device at once and here when they have been fetched.
+
+    Attributes:
+        tokens: (rows,) int64, on the device; INVALID_TOKEN where the logits are not numbers.
+    """
+
+    def __init__(self, tokens: Tensor, download: Download, wanted: Rows[int | None]) -> None:
+        """
+        Args:
+            download: of the tokens, or of `_with_logprobs`' table where any are wanted.
+            wanted: how many alternatives each row asks for; None: no log-probabilities at all.
+        """
+        self.tokens = tokens
+        self._download = download
+        self._wanted = wanted
+
+    def fetch(self) -> Samples:
+        """Waits for the device."""
+        table = self._download.fetch()
+        if table.dim() == 1:
+            return Samples(table.tolist(), [None] * len(self._wanted))
+        lines = table.tolist()
+        logprobs = [
+            None if wanted is None else _logprobs_of(line, wanted)
+            for line, wanted in zip(lines, self._wanted, strict=True)
+        ]
+        return Samples([int(line[0]) for line in lines], logprobs)
+
+
+def _logprobs_of(line: list[float], wanted: int) -> TokenLogprobs:
+    token, logprob, *rest = line
+    width = len(rest) // 2
+    pairs = list(zip(map(int, rest[:width]), rest[width:], strict=True))[:wanted]
+    return TokenLogprobs(int(token), logprob, tuple(pair for pair in pairs if pair[1] > -inf))
 
 
 def _rows(seqs: Rows[Sequence], wanted: Callable[[SamplingParams], bool]) -> list[int]:
@@ -102,11 +140,11 @@ def _apply_guides(logits: Tensor, seqs: Rows[Sequence]) -> None:
     if not guided:
         return
     rows, matchers = zip(*guided, strict=True)
-    forbidden = torch.from_numpy(forbidden_tokens(matchers, logits.shape[-1])).to(logits.device)
+    forbidden = upload(forbidden_tokens(matchers, logits.shape[-1]), logits.device)
     if len(rows) == len(seqs):
         logits.masked_fill_(forbidden, -torch.inf)
     else:
-        at = torch.tensor(rows, device=logits.device)
+        at = upload(rows, logits.device)
         logits[at] = logits[at].masked_fill(forbidden, -torch.inf)
 
 
@@ -118,9 +156,8 @@ def _add_biases(logits: Tensor, seqs: Rows[Sequence]) -> None:
         if token < logits.shape[-1]
     ]
     if biases:
-        rows, tokens, values = torch.tensor(biases, dtype=torch.float64).unbind(dim=1)
-        at = (rows.long().to(logits.device), tokens.long().to(logits.device))
-        logits.index_put_(at, values.to(logits), accumulate=True)
+        rows, tokens, values = upload(biases, logits.device, torch.float64).unbind(dim=1)
+        logits.index_put_((rows.long(), tokens.long()), values.to(logits), accumulate=True)
 
 
 def _penalise(logits: Tensor, seqs: Rows[Sequence]) -> None:
@@ -129,13 +166,13 @@ def _penalise(logits: Tensor, seqs: Rows[Sequence]) -> None:
 
     def column(chosen: list[int], value: Callable[[SamplingParams], float]) -> Tensor:
         values = [value(seqs[row].params) for row in chosen]
-        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+        return upload(values, logits.device, torch.float32).unsqueeze(1)
 
     repeated = _rows(seqs, lambda params: params.repetition_penalty != 1.0)
     if repeated:
         seen = _counts([seqs[row].token_ids for row in repeated], logits) > 0
         penalty = column(repeated, lambda params: params.repetition_penalty)
-        rows = torch.tensor(repeated, device=logits.device)
+        rows = upload(repeated, logits.device)
         scores = logits[rows]
         scaled = torch.where(scores > 0, scores / penalty, scores * penalty)
         logits[rows] = torch.where(seen, scaled, scores)
@@ -144,7 +181,7 @@ def _penalise(logits: Tensor, seqs: Rows[Sequence]) -> None:
         counts = _counts([seqs[i].token_ids[seqs[i].num_prompt_tokens :] for i in counted], logits)
         by_count = counts * column(counted, lambda params: params.frequency_penalty)
         by_presence = (counts > 0) * column(counted, lambda params: params.presence_penalty)
-        logits[torch.tensor(counted, device=logits.device)] -= by_count + by_presence
+        logits[upload(counted, logits.device)] -= by_count + by_presence
 
 
 def _counts(token_ids: Rows[array[int]], logits: Tensor) -> Tensor:
@@ -153,33 +190,29 @@ def _counts(token_ids: Rows[array[int]], logits: Tensor) -> Tensor:
     ids = np.concatenate([np.frombuffer(row, dtype=np.int64) for row in token_ids])
     rows = np.repeat(np.arange(len(token_ids)), [len(row) for row in token_ids])
     is_token = (ids >= 0) & (ids < vocabulary)
-    at = torch.from_numpy((rows * vocabulary + ids)[is_token]).to(logits.device)
+    at = upload((rows * vocabulary + ids)[is_token], logits.device)
     counts = torch.zeros(len(token_ids) * vocabulary, dtype=torch.int32, device=logits.device)
     counts.scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
     return counts.view(len(token_ids), vocabulary)
 
 
-def _with_logprobs(tokens: Tensor, raw: Tensor, asking: list[int], seqs: Rows[Sequence]) -> Samples:
-    """
+def _with_logprobs(
+    tokens: Tensor, raw: Tensor, asking: list[int], wanted: Rows[int | None]
+) -> Tensor:
+    """(rows, 2 + 2 * width) float64, in which every token id is exact: each row's token, its
+    log-probability, and the likeliest tokens with theirs; zeros where no row asks.
+
     Args:
         raw: (len(asking), vocabulary) log-probabilities of the rows `asking`.
     """
-    wanted = [seqs[row].params.logprobs or 0 for row in asking]
-    width = min(max(wanted), raw.shape[-1])
-    rows = torch.tensor(asking, device=raw.device)
+    width = min(max(wanted[row] or 0 for row in asking), raw.shape[-1])
+    rows = upload(asking, raw.device)
     chosen = raw.gather(1, tokens[rows].clamp(min=0).unsqueeze(1))
     values, ids = raw.topk(width, dim=-1)
-    table = tokens.new_zeros((len(seqs), 2 + 2 * width), dtype=torch.float64)
-    table[:, 0] = tokens  # in double precision every token id is exact
+    table = tokens.new_zeros((len(tokens), 2 + 2 * width), dtype=torch.float64)
+    table[:, 0] = tokens
     table[rows, 1:] = torch.cat([chosen.double(), ids.double(), values.double()], dim=1)
-    lines = table.tolist()
-    logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
-    for row, count in zip(asking, wanted, strict=True):
-        token, logprob, *rest = lines[row]
-        pairs = list(zip(map(int, rest[:width]), rest[width:], strict=True))[:count]
-        top = tuple(pair for pair in pairs if pair[1] > -inf)
-        logprobs[row] = TokenLogprobs(int(token), logprob, top)
-    return Samples([int(line[0]) for line in lines], logprobs)
+    return table
 
 
 def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
@@ -187,7 +220,7 @@ def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
     device = logits.device
 
     def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+        return upload(values, device, dtype).unsqueeze(1)
 
     params = [seq.params for seq in seqs]
     # Finite in single precision, too: what is forbidden would become no number.
@@ -214,10 +247,10 @@ def _keep_likeliest(probabilities: Tensor, params: Rows[SamplingParams]) -> Tens
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocabulary, device=device)
     kept = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
-    top_k = torch.tensor(kept, device=device)
+    top_k = upload(kept, device)
     ordered = ordered.masked_fill(rank >= top_k.unsqueeze(1), 0)
     # A token stays while the ones before it have not yet reached top_p; the first one always.
-    top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(1)
+    top_p = upload([p.top_p for p in params], device, torch.float32).unsqueeze(1)
     before = ordered.cumsum(dim=-1) - ordered
     reached = before >= top_p * ordered.sum(dim=-1, keepdim=True)
     ordered = ordered.masked_fill(reached & (top_p < 1) & (rank > 0), 0)

@@ -14,8 +14,10 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isnan
 from typing import NamedTuple
 
 from models.engine.block_pool import BlockPool
@@ -43,16 +45,16 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `end` of one sequence, to be computed in one step."""
+    """Tokens `start` to `end` of one sequence, to be computed in one step.
+
+    Attributes:
+        samples: whether the next token comes out of it: it reaches the end of what is there.
+    """
 
     seq: Sequence
     start: int
     end: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the next token comes out of it: it reaches the end of what is known."""
-        return self.end == len(self.seq.token_ids)
+    samples: bool
 
 
 @dataclass
@@ -69,8 +71,12 @@ class Batch:
         return [chunk for chunk in self.chunks if chunk.samples]
 
     @property
+    def num_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    @property
     def num_prompt_tokens(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.chunks) - self.num_decodes
+        return self.num_tokens - self.num_decodes
 
 
 class Scheduler:
@@ -143,21 +149,22 @@ class Scheduler:
         return refused
 
     def schedule(self) -> Batch:
-        """Chooses the next step's chunks and gives them their KV blocks."""
+        """Chooses the next step's chunks and gives them their KV blocks. From then on they count as
+        computed: steps are computed in the order in which they are scheduled."""
         batch = Batch()
         budget = self.max_num_batched_tokens
         preempted = self.num_preemptions
-        for seq in [s for s in self.running if s.num_uncomputed == 1]:
+        advancing = [s for s in self.running if not s.has_last_in_flight]
+        for seq in [s for s in advancing if s.num_uncomputed == 1]:
             if seq in self.running and self._grow(seq):
-                batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + 1))
-                budget -= 1
+                budget -= self._schedule(seq, 1, batch)
         scheduled = {id(chunk.seq) for chunk in batch.chunks}
         batch.num_decodes = len(batch.chunks)
         if batch.chunks and (most := self.prefill_budget.tokens()) is not None:
             budget = min(budget, most)
-        for seq in self.running:
-            if id(seq) not in scheduled and budget > 0:
-                budget -= self._schedule_prompt(seq, budget, batch)
+        for seq in advancing:
+            if id(seq) not in scheduled and seq in self.running and budget > 0:
+                budget -= self._schedule(seq, budget, batch)
         if self.num_preemptions == preempted and budget > 0 and self._has_slot and self.waiting:
             coming = {key for seq in self.running for key in self._keys_to_come(seq)}
             for seq in [s for s in self.waiting if s.is_ready]:
@@ -167,25 +174,42 @@ class Scheduler:
                     continue
                 if not self._admit(seq):
                     break
-                budget -= self._schedule_prompt(seq, budget, batch)
+                budget -= self._schedule(seq, budget, batch)
                 coming.update(self._keys_to_come(seq))
-        batch.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)
+        batch.chunks.sort(key=_is_long)
         return batch
 
-    def commit(self, batch: Batch, samples: Samples) -> list[GenerationDelta]:
-        """Books a computed batch, with the samples of `batch.sampling`."""
-        sampling = batch.sampling
+    def halve(self, batch: Batch) -> Batch:
+        """The first half of a batch's tokens; the rest is left to later steps."""
+        chunks, left = [], batch.num_tokens // 2
+        for chunk in batch.chunks:
+            end = min(chunk.end, chunk.start + left)
+            left -= end - chunk.start
+            chunk.seq.num_computed = end
+            if end > chunk.start:
+                chunks.append(replace(chunk, end=end, samples=chunk.samples and end == chunk.end))
+        chunks.sort(key=_is_long)
+        return Batch(chunks, min(batch.num_decodes, len(chunks)))
+
+    def commit(
+        self, batch: Batch, sampled: Sequences[Sequence], samples: Samples
+    ) -> list[GenerationDelta]:
+        """Books a computed batch. What has ended meanwhile gains nothing by it.
+
+        Args:
+            sampled: the sequences whose next tokens the samples are.
+        """
         now = time.monotonic()
         for chunk in batch.chunks:
-            chunk.seq.num_computed = chunk.end
-            self._remember_full_blocks(chunk.seq)
-        last_tokens = (chunk.seq.last_token_at for chunk in sampling)
+            self._remember_full_blocks(chunk.seq, chunk.end)
+        last_tokens = (seq.last_token_at for seq in sampled if not seq.ended)
         oldest = min((at for at in last_tokens if at is not None), default=None)
         if oldest is not None:
             self.token_gaps.add(now - oldest)
         return [
-            self._append(chunk.seq, token, logprobs, now)
-            for chunk, token, logprobs in zip(sampling, *samples, strict=True)
+            self._book(seq, token, logprobs, now)
+            for seq, token, logprobs in zip(sampled, *samples, strict=True)
+            if not seq.ended
         ]
 
     def finish(
@@ -200,6 +224,7 @@ class Scheduler:
             self.waiting.remove(seq)
         self.pool.release(seq.block_table)
         usage = seq.usage
+        seq.ended = True
         seq.forget_computed()
         return GenerationDelta(
             seq.request_id, text, token_ids, reason, usage, error, logprobs, stop_reason, seq.timing
@@ -210,28 +235,29 @@ class Scheduler:
         if any(seq.block_table for seq in self.waiting):
             raise AssertionError("a waiting sequence holds KV blocks")
 
-    def _schedule_prompt(self, seq: Sequence, budget: int, batch: Batch) -> int:
-        """Appends the next chunk of a prompt, whose blocks it has had since its admission."""
-        size = min(seq.num_uncomputed, budget)
-        batch.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + size))
-        return size
+    def _schedule(self, seq: Sequence, budget: int, batch: Batch) -> int:
+        """Appends a sequence's next chunk, whose blocks it has got; returns its size."""
+        start, end = seq.num_computed, min(len(seq.token_ids), seq.num_computed + budget)
+        batch.chunks.append(Chunk(seq, start, end, samples=end == len(seq.token_ids)))
+        seq.num_computed = end
+        return end - start
 
     def _keys_to_come(self, seq: Sequence) -> list[bytes]:
-        """Of the full blocks that a running sequence's prefill is still to compute."""
-        if not self.pool.enable_prefix_caching or seq.num_uncomputed == 1:
+        """Of the full blocks that a running sequence is to compute, or is just computing."""
+        if not self.pool.enable_prefix_caching:
             return []
-        full = len(seq.token_ids) // self.pool.block_size
+        full = seq.num_tokens // self.pool.block_size
         return [seq.prefix.block(i, seq.token_ids)[0] for i in range(seq.num_known_blocks, full)]
 
     def _gains_by_waiting(self, seq: Sequence, coming: set[bytes]) -> bool:
-        """Whether a running prefill is about to compute most of what a waiting one still needs.
+        """Whether running sequences are about to compute most of what a waiting one still needs.
 
         Such a one lets others pass until then, so that many users of one long system prompt, or of
         one picture, have it computed once, even if they all come at the same time.
         """
         if not coming:
             return False
-        last = len(seq.token_ids) - 1
+        last = seq.num_sparable
         index = known = len(self.pool.match(seq.prefix, seq.token_ids, last))
         while index < last // self.pool.block_size:
             if seq.prefix.block(index, seq.token_ids)[0] not in coming:
@@ -244,8 +270,7 @@ class Scheduler:
         """Moves a waiting sequence to the running ones if slot and blocks are there."""
         if not self._has_slot:
             return False
-        # The last token is computed in any case, since its logits choose the next one.
-        matched = self.pool.match(seq.prefix, seq.token_ids, len(seq.token_ids) - 1)
+        matched = self.pool.match(seq.prefix, seq.token_ids, seq.num_sparable)
         num_new = self.pool.blocks_for(len(seq.token_ids)) - len(matched)
         if not self.pool.can_allocate(num_new, matched):
             return False
@@ -286,10 +311,27 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def _remember_full_blocks(self, seq: Sequence) -> None:
-        for index in range(seq.num_known_blocks, seq.num_computed // self.pool.block_size):
+    def _remember_full_blocks(self, seq: Sequence, num_computed: int) -> None:
+        if not seq.block_table:
+            return  # ended or preempted since the step was scheduled
+        for index in range(seq.num_known_blocks, num_computed // self.pool.block_size):
             self.pool.remember(seq.block_table[index], *seq.prefix.block(index, seq.token_ids))
             seq.num_known_blocks = index + 1
+
+    def _book(
+        self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> GenerationDelta:
+        """One sampled token, and before the first one the prompt's."""
+        seq.land()
+        scores = seq.take_scores()
+        if any(score.logprob is not None and isnan(score.logprob) for score in scores):
+            token = INVALID_TOKEN
+        if token != INVALID_TOKEN and seq.params.max_new_tokens == 0:
+            self.num_prompt_tokens += seq.num_prompt_tokens
+            delta = self.finish(seq, "length")
+        else:
+            delta = self._append(seq, token, logprobs, now)
+        return replace(delta, prompt_logprobs=scores) if scores else delta
 
     def _append(
         self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
@@ -331,3 +373,7 @@ class Scheduler:
             logprobs=() if logprobs is None else (logprobs,),
             timing=seq.timing if is_first else None,
         )  # fmt: skip
+
+
+def _is_long(chunk: Chunk) -> bool:
+    return chunk.end - chunk.start > 1

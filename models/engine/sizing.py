@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
 
+from models.engine.messages import GenerationRequest
 from models.engine.options import EngineOptions
+from models.engine.output_text import Decodes
+from models.engine.prompt_scores import ROWS_AT_A_TIME, scores_of
+from models.engine.sampler import Sampler
+from models.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from models.engine.sequence import Sequence
 from models.errors import ConfigurationError
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import Span
+from models.language.attention_backends import StepLayout
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape, head_dim
 from models.language.loading import linear_shapes
@@ -21,6 +30,12 @@ from models.vision import VisionEncoder
 CPU_MEMORY_SHARE = 0.25
 """Of the memory that is free at start, for the KV cache; and as much for a copy of the weights. The
 rest is the weights themselves, their page cache, and other people's."""
+
+COSTLIEST = SamplingParams(
+    temperature=1.0, top_p=0.5, top_k=10, min_p=0.1, logprobs=1, logit_bias={0: 1.0},
+    presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1,
+)  # fmt: skip
+"""Everything that takes memory in sampling."""
 
 WEIGHTS_PER_THREAD = 2 << 20
 """Of one decoder layer. With fewer, one thread was faster than two."""
@@ -43,6 +58,8 @@ def resolve_sizes(
     decoder: Decoder,
     vision: VisionEncoder,
     placement: Placement,
+    tokenizer: Decodes,
+    attention: type[StepLayout],
 ) -> EngineSizes:
     """
     Args:
@@ -59,7 +76,11 @@ def resolve_sizes(
     if options.kv_cache_bytes is not None:
         num_blocks = options.kv_cache_bytes // shape.bytes_per_block
     elif on_gpu:
-        num_blocks = _gpu_blocks(options, shape, max_num_batched_tokens, decoder, vision, placement)
+        profile = partial(
+            _profile, max_num_batched_tokens, context_length, max_num_seqs, shape, decoder, vision,
+            placement, tokenizer, attention,
+        )  # fmt: skip
+        num_blocks = _gpu_blocks(options, shape, placement, profile)
     else:
         num_blocks = int(available_memory() * CPU_MEMORY_SHARE) // shape.bytes_per_block
     if options.kv_cache_bytes is None:
@@ -95,39 +116,68 @@ def threads_for(config: PreTrainedConfig, available: int) -> int:
     return min(available, max(1, weights // WEIGHTS_PER_THREAD))
 
 
-@torch.inference_mode()
 def _gpu_blocks(
     options: EngineOptions,
     shape: KVCacheShape,
-    num_tokens: int,
-    decoder: Decoder,
-    vision: VisionEncoder,
     placement: Placement,
+    profile: Callable[[], None],
 ) -> int:
     """As many as `gpu_memory_utilization` leaves room for beside the weights and the largest step,
-    on the GPU where that is least for its layers."""
+    on the GPU where that is least for its layers.
+
+    Args:
+        profile: computes the largest step.
+    """
     for device in placement.devices:
         torch.cuda.reset_peak_memory_stats(device)
     before = {device: torch.cuda.memory_allocated(device) for device in placement.devices}
-    num_blocks = -(-num_tokens // shape.block_size)
-    scratch = KVCache(shape, num_blocks, placement.layers)
-    spans = [Span(0, num_tokens, range(num_blocks))]
-    layout = AttentionBatch.build(spans, shape, placement.embedding)
-    token_ids = torch.zeros(num_tokens, dtype=torch.long, device=placement.embedding)
-    embeddings = decoder.embed(token_ids)
-    decoder.logits(decoder(embeddings, scratch, layout)[-1:])
-    vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
+    profile()
     activations = {
         device: torch.cuda.max_memory_allocated(device) - bytes_before
         for device, bytes_before in before.items()
     }
-    del scratch, embeddings, layout
     torch.cuda.empty_cache()
     return min(
         (gpu_budget(device, options.gpu_memory_utilization) - activations[device])
         // (num_layers * shape.layer_bytes_per_block)
         for device, num_layers in Counter(placement.layers).items()
     )
+
+
+@torch.inference_mode()
+def _profile(
+    num_tokens: int,
+    context_length: int,
+    num_rows: int,
+    shape: KVCacheShape,
+    decoder: Decoder,
+    vision: VisionEncoder,
+    placement: Placement,
+    tokenizer: Decodes,
+    attention: type[StepLayout],
+) -> None:
+    """The largest step: all its tokens are of prompts as long as can be, as many pictures as they
+    can hold are new, and `num_rows` are sampled, with everything that a request may ask for."""
+    lengths = [
+        min(context_length, num_tokens - start) for start in range(0, num_tokens, context_length)
+    ]
+    longest = -(-context_length // shape.block_size)
+    cache = KVCache(shape, longest * len(lengths), placement.layers)
+    spans = [
+        Span(0, length, range(index * longest, (index + 1) * longest))
+        for index, length in enumerate(sorted(lengths))
+    ]
+    layout = attention.build(spans, shape, placement.embedding)
+    token_ids = torch.zeros(num_tokens, dtype=torch.long, device=placement.embedding)
+    embeddings = decoder.embed(token_ids)
+    vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
+    hidden = decoder(embeddings, cache, layout)
+    prompt = hidden[:ROWS_AT_A_TIME]
+    scores_of(decoder.logits(prompt), [0] * len(prompt), MAX_LOGPROBS)
+    rows = torch.arange(num_rows, device=hidden.device) % num_tokens
+    request = GenerationRequest("profile", [0], (), COSTLIEST)
+    seq = Sequence(request, tokenizer, shape.block_size, context_length)
+    Sampler().sample(decoder.logits(hidden[rows]), [seq] * num_rows).fetch()
 
 
 def gpu_budget(device: torch.device, utilization: float) -> int:

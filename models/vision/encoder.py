@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.checkpoints.spec import ProjectorSpec, VisionSpec
 from models.errors import CheckpointError
+from models.transfer import upload
 from models.vision.anyres import TileGrid
 from models.vision.merging import merge_tiles
 from models.vision.preprocessing import PreparedImage
@@ -81,7 +82,7 @@ class VisionEncoder(nn.Module):
             for start in range(0, len(tiles), TILES_PER_BATCH)
         )
         return torch.cat([
-            self.projector(self.tower(batch.to(parameter.device, parameter.dtype)))
+            self.projector(self.tower(upload(batch, parameter.device, parameter.dtype)))
             for batch in batches
         ])  # fmt: skip
 

@@ -89,6 +89,7 @@ def quantized(linear: torch.nn.Linear) -> W4A16Linear:
 def build_core(
     *, blocks: int = 64, seqs: int = 4, budget: int = 16, caching: bool = True,
     max_len: int = 128, image_bytes: int = 1 << 20, slowdown: float | None = None,
+    async_scheduling: bool = False,
 ) -> EngineCore:  # fmt: skip
     shape = KVCacheShape.of(decoder().config, BLOCK, torch.float32)
     images = ImageEmbeddingCache(encode, image_bytes)  # type: ignore[arg-type]
@@ -101,6 +102,7 @@ def build_core(
         max_num_batched_tokens=budget,
         enable_prefix_caching=caching,
         max_prefill_slowdown=slowdown,
+        async_scheduling=async_scheduling,
     )
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from models.engine.core import EngineCore
 from models.engine.guide import Guide
+from models.engine.in_flight import InFlight
 from models.engine.messages import GenerationDelta, GenerationRequest, TokenLogprobs
+from models.engine.scheduler import Batch
 from models.errors import EngineFault, RequestAborted, RequestTimeout
 from tests.unit.engine.harness import (
     VOCAB,
@@ -80,6 +82,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(data: st.DataObject) -> 
         seqs=data.draw(st.integers(1, 5), "seqs"),
         budget=data.draw(st.integers(1, 32), "budget"),
         caching=data.draw(st.booleans(), "caching"),
+        async_scheduling=data.draw(st.booleans(), "async"),
     )
     coming = [data.draw(requests(f"r{i}")) for i in range(data.draw(st.integers(1, 7)))]
     aborted: set[str] = set()
@@ -115,7 +118,11 @@ def test_an_answer_is_the_same_alone_and_in_any_company(data: st.DataObject) -> 
 def test_an_answer_is_the_same_from_a_warm_cache(data: st.DataObject) -> None:
     """Prefix hits by earlier requests, pictures included, and by each other while running."""
     coming = [data.draw(requests(f"r{i}")) for i in range(data.draw(st.integers(1, 4)))]
-    core = build_core(blocks=data.draw(st.integers(40, 60), "blocks"), seqs=3)
+    core = build_core(
+        blocks=data.draw(st.integers(40, 60), "blocks"),
+        seqs=3,
+        async_scheduling=data.draw(st.booleans(), "async"),
+    )
     for turn in range(2):
         for req in coming:
             core.add(replace(req, request_id=f"{req.request_id} {turn}"))
@@ -420,20 +427,110 @@ def test_not_a_number_ends_one_request_and_spares_the_others() -> None:
     assert answers(deltas)["good"] == alone(good)
 
 
-def test_a_step_that_raises_frees_what_it_ran() -> None:
-    core: EngineCore = build_core()
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_step_that_raises_frees_what_it_ran(async_scheduling: bool) -> None:
+    core: EngineCore = build_core(async_scheduling=async_scheduling)
 
-    def explode(batch: object) -> torch.Tensor:
-        raise torch.cuda.OutOfMemoryError("pretended")
+    def explode(batch: object, in_flight: object) -> torch.Tensor:
+        raise RuntimeError("pretended")
 
     run = core.runner.run
-    core.add(request("r", [4, 5, 6]))
+    core.add(request("r", [4, 5, 6], ignore_eos=True))
+    core.step()
     core.runner.run = explode  # type: ignore[method-assign,assignment]
-    with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+    with pytest.raises(RuntimeError) as caught:
         core.step()
     (delta,) = core.fail_running(caught.value)
     assert isinstance(delta.error, EngineFault)
+    assert delta.usage is not None and delta.usage.completion_tokens == (not async_scheduling)
+    assert not core.has_work
     core.check_idle()
     core.runner.run = run  # type: ignore[method-assign]
     core.add(request("again", [4, 5, 6]))
     assert answers(run_all(core))["again"] == alone(request("again", [4, 5, 6]))
+
+
+class Memory:
+    """A device that holds so many tokens of a step, and none of a step with a certain picture."""
+
+    def __init__(self, core: EngineCore, *, tokens: int, too_large: Picture | None = None) -> None:
+        self._run = core.runner.run
+        self._tokens, self._too_large = tokens, too_large
+        core.runner.run = self.run  # type: ignore[method-assign]
+
+    def run(self, batch: Batch, in_flight: InFlight | None) -> torch.Tensor:
+        pictures = [
+            span.image for chunk in batch.chunks for span in chunk.seq.images
+            if span.start < chunk.end and chunk.start < span.end
+        ]  # fmt: skip
+        if batch.num_tokens > self._tokens or self._too_large in pictures:
+            raise torch.OutOfMemoryError("pretended")
+        return self._run(batch, in_flight)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_a_full_memory_makes_steps_smaller_and_ends_nobody(
+    async_scheduling: bool, tokens: int
+) -> None:
+    core = build_core(async_scheduling=async_scheduling)
+    Memory(core, tokens=tokens)
+    reqs = [request(f"r{i}", [4 + i, *range(2, 10 + 7 * i)], max_new_tokens=9) for i in range(4)]
+    for req in reqs:
+        core.add(req)
+    assert answers(run_all(core)) == {req.request_id: alone(req) for req in reqs}
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_full_memory_ends_only_what_cannot_fit(async_scheduling: bool) -> None:
+    core = build_core(async_scheduling=async_scheduling)
+    Memory(core, tokens=16, too_large=PICTURES[2])
+    good = [request(f"r{i}", range(2, 12 + i), [(1, PICTURES[0])]) for i in range(3)]
+    for req in (good[0], request("large", range(2, 20), [(3, PICTURES[2])]), *good[1:]):
+        core.add(req)
+    deltas = run_all(core)
+    (bad,) = [d for d in deltas if d.error is not None]
+    assert bad.request_id == "large" and "memory" in str(bad.error)
+    got = answers(deltas)
+    assert {req.request_id: got[req.request_id] for req in good} == {
+        req.request_id: alone(req) for req in good
+    }
+
+
+def test_an_async_step_is_in_flight_while_the_next_one_is_scheduled() -> None:
+    core = build_core(async_scheduling=True)
+    core.add(request("r", [4, 5, 6], max_new_tokens=3, ignore_eos=True))
+    assert core.step() == [] and core.has_work, "the first token is on its way"
+    lengths = []
+    while core.has_work:
+        (delta,) = core.step()
+        lengths.append(len(delta.token_ids))
+    assert lengths == [1, 1, 1] and core.num_steps == 3, "no step behind the last token"
+
+
+def test_what_ends_while_a_step_is_in_flight_leaves_a_row_that_nobody_reads() -> None:
+    core = build_core(async_scheduling=True, caching=False)
+    kept, gone = request("kept", [4, 5, 6], max_new_tokens=9), request("gone", [7, 8])
+    for req in (kept, gone):
+        core.add(req)
+    core.step()
+    (delta,) = core.abort("gone")
+    assert delta.usage is not None and delta.usage.completion_tokens == 0
+    core.check_integrity()
+    assert answers(run_all(core)) == {"kept": alone(kept)}
+    core.add(gone)
+    core.step()
+    core.abort("gone")
+    assert not core.has_work, "nobody waits for what is in flight"
+    core.check_idle()
+
+
+def test_followers_wait_for_blocks_that_are_in_flight() -> None:
+    core = build_core(budget=64, async_scheduling=True)
+    shared = [3 + i % 50 for i in range(40)]
+    core.add(request("leader", [*shared, 2]))
+    core.step()
+    core.add(request("follower", [*shared, 9]))
+    deltas = run_all(core)
+    cached = {d.request_id: d.usage.cached_tokens for d in deltas if d.usage is not None}
+    assert cached == {"leader": 0, "follower": 40}

@@ -38,11 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llava(tmp_path_factory.mktemp("tiny") / "tiny-llava")
 
 
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
+@pytest.fixture(params=[False, True], ids=["in turn", "async"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     with load_engine(
-        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=4, num_threads=1
-    ) as engine:
+        folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=4, num_threads=1,
+        async_scheduling=request.param,
+    ) as engine:  # fmt: skip
         yield engine
         settle(engine)
 
@@ -73,6 +74,16 @@ async def test_all_faces_give_the_same_answer(engine: Engine) -> None:
     assert one[-1].usage.completion_tokens == 12
     assert one[-1].usage.prompt_tokens == two[-1].usage.prompt_tokens > 16
     assert [d.finish_reason for d in two[:-1]] == [None] * (len(two) - 1)
+
+
+async def test_an_interval_merges_deltas_and_changes_nothing_else(engine: Engine) -> None:
+    each = [delta async for delta in engine.stream("tell me", params=GREEDY)]
+    few = [d async for d in engine.stream("tell me", params=GREEDY, min_interval_s=1000)]
+    assert len(few) == 2 < len(each) == 12
+    assert join(few) == join(each)
+    assert [t for d in few for t in d.token_ids] == [t for d in each for t in d.token_ids]
+    assert (few[0].text, few[0].usage) == (each[0].text, each[0].usage)  # at once
+    assert (few[-1].finish_reason, few[-1].usage) == (each[-1].finish_reason, each[-1].usage)
 
 
 async def test_pictures_may_come_from_a_function_that_runs_off_the_event_loop(
@@ -229,12 +240,12 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     run = core_of(engine).runner.run
     calls = 0
 
-    def fail_once(batch: object) -> torch.Tensor:
+    def fail_once(batch: object, in_flight: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise RuntimeError("pretended")
-        return run(batch)  # type: ignore[arg-type]
+        return run(batch, in_flight)  # type: ignore[arg-type]
 
     monkeypatch.setattr(core_of(engine).runner, "run", fail_once)
     with pytest.raises(EngineFault):
@@ -246,7 +257,7 @@ async def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
 def test_an_engine_that_fails_again_and_again_dies_and_says_so(folder: Path) -> None:
     engine = load_engine(folder, precision="W16A16", device="cpu", dtype="float32", num_threads=1)
 
-    def fail(batch: object) -> torch.Tensor:
+    def fail(batch: object, in_flight: object) -> torch.Tensor:
         raise RuntimeError("pretended")
 
     core_of(engine).runner.run = fail  # type: ignore[method-assign,assignment]
@@ -342,7 +353,7 @@ async def test_a_thread_that_dies_leaves_nobody_waiting(folder: Path) -> None:
         folder, precision="W16A16", device="cpu", dtype="float32", max_num_seqs=1, num_threads=1
     )
 
-    def die(batch: object) -> torch.Tensor:
+    def die(batch: object, in_flight: object) -> torch.Tensor:
         raise SystemExit
 
     running = engine.stream("tell me", params=LONG)

@@ -97,10 +97,10 @@ def test_the_engine_holds_a_prompt_back_and_computes_the_same(
     clock = 0.0
     run = core.runner.run
 
-    def timed(batch):  # type: ignore[no-untyped-def]
+    def timed(batch, in_flight):  # type: ignore[no-untyped-def]
         nonlocal clock
         clock += sum(chunk.end - chunk.start for chunk in batch.chunks)
-        return run(batch)
+        return run(batch, in_flight)
 
     monkeypatch.setattr(core.runner, "run", timed)
     monkeypatch.setattr("models.engine.core.time.perf_counter", lambda: clock)

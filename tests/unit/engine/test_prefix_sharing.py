@@ -26,9 +26,9 @@ class Counter:
         self.tokens = 0
         run = core.runner.run
 
-        def counted(batch):  # type: ignore[no-untyped-def]
+        def counted(batch, in_flight):  # type: ignore[no-untyped-def]
             self.tokens += sum(chunk.end - chunk.start for chunk in batch.chunks)
-            return run(batch)
+            return run(batch, in_flight)
 
         monkeypatch.setattr(core.runner, "run", counted)
 

@@ -30,7 +30,7 @@ def sequence(tokens: list[int] | None = None, **params: Any) -> Sequence:
 def draws(n: int = 4000, **params: Any) -> torch.Tensor:
     """Shares of each token over n seeds."""
     seqs = [sequence(seed=seed, **params) for seed in range(n)]
-    tokens = Sampler().sample(LOGITS.repeat(n, 1), seqs).tokens
+    tokens = Sampler().sample(LOGITS.repeat(n, 1), seqs).fetch().tokens
     return torch.bincount(torch.tensor(tokens), minlength=5) / n
 
 
@@ -74,9 +74,10 @@ def test_a_row_is_drawn_the_same_in_any_company() -> None:
     kinds = [{**kind, "seed": seed} for seed in range(20) for kind in filters]
     logits = torch.randn(len(kinds), 50)
     seqs = [sequence([3, 7, 7], **kind) for kind in kinds]
-    together = Sampler().sample(logits.clone(), seqs).tokens
+    together = Sampler().sample(logits.clone(), seqs).fetch().tokens
     one_by_one = [
-        Sampler().sample(logits[i : i + 1].clone(), [s]).tokens[0] for i, s in enumerate(seqs)
+        Sampler().sample(logits[i : i + 1].clone(), [s]).fetch().tokens[0]
+        for i, s in enumerate(seqs)
     ]
     assert together == one_by_one
 
@@ -85,7 +86,7 @@ def test_every_token_of_an_answer_is_drawn_anew() -> None:
     seq = sequence(seed=7)
     drawn = []
     for _ in range(64):
-        drawn += Sampler().sample(torch.zeros(1, 10), [seq]).tokens
+        drawn += Sampler().sample(torch.zeros(1, 10), [seq]).fetch().tokens
         seq.token_ids.append(drawn[-1])
     assert drawn == [int(10 * uniform(7, index)) for index in range(64)]
     assert len(set(drawn)) == 10
@@ -94,14 +95,16 @@ def test_every_token_of_an_answer_is_drawn_anew() -> None:
 def test_the_penalty_follows_its_formula() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
     seqs = [sequence([0, 2, -200], temperature=0.0, repetition_penalty=1.3)]
-    assert Sampler().sample(logits, seqs).tokens == [1]
+    assert Sampler().sample(logits, seqs).fetch().tokens == [1]
     assert torch.allclose(logits, torch.tensor([[2.0 / 1.3, 1.9, -1.3, -1.1]]))
 
 
 def test_rows_that_are_not_numbers_are_reported_and_spare_the_others() -> None:
     logits = torch.stack([LOGITS, torch.full((5,), float("nan")), LOGITS])
     logits[2, 3] = float("nan")
-    tokens = Sampler().sample(logits, [sequence(temperature=t) for t in (0.0, 0.0, 1.0)]).tokens
+    tokens = (
+        Sampler().sample(logits, [sequence(temperature=t) for t in (0.0, 0.0, 1.0)]).fetch().tokens
+    )
     assert tokens == [0, INVALID_TOKEN, INVALID_TOKEN]
 
 
@@ -194,7 +197,7 @@ def test_biases_penalties_and_logprobs_are_those_of_the_formulas(data: st.DataOb
         seqs.append(seq)
         expected.append(adjusted(logits[row], prompt, answer, params))
     changed = torch.from_numpy(logits.copy())
-    samples = Sampler({1}).sample(changed, seqs)
+    samples = Sampler({1}).sample(changed, seqs).fetch()
     np.testing.assert_allclose(changed.numpy(), np.array(expected), rtol=1e-4, atol=1e-4)
     assert samples.tokens == changed.argmax(dim=-1).tolist()
     for row, (seq, got) in enumerate(zip(seqs, samples.logprobs, strict=True)):
@@ -214,5 +217,5 @@ def test_a_bias_and_min_tokens_decide_what_is_drawn() -> None:
     assert draws(200, temperature=1.0, logit_bias={4: 100})[4] == 1
     assert draws(200, temperature=1.0, logit_bias={0: -100})[0] == 0
     seqs = [sequence(seed=seed, min_tokens=1) for seed in range(200)]
-    drawn = Sampler({0}).sample(LOGITS.repeat(200, 1), seqs).tokens
+    drawn = Sampler({0}).sample(LOGITS.repeat(200, 1), seqs).fetch().tokens
     assert 0 not in drawn and len(set(drawn)) > 2

@@ -12,9 +12,12 @@ from transformers import LlamaConfig
 from models import load_engine
 from models.engine import sizing
 from models.engine.options import EngineOptions
+from models.engine.sampler import Sampler
 from models.engine.sizing import EngineSizes, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
+from models.language.attention import AttentionBatch
 from models.language.kv_cache import KVCache, KVCacheShape
+from models.loading import load_core
 from models.placement import Placement
 from tests.tiny import write_tiny_llava
 
@@ -33,7 +36,9 @@ def shape(block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> KVCacheS
 def sizes(context: int = 512, **options: Any) -> EngineSizes:
     resolved = EngineOptions(**options)
     nothing: Any = None  # the decoder and the tower are looked at on a GPU only
-    return resolve_sizes(resolved, shape(resolved.block_size), context, nothing, nothing, ON_CPU)
+    return resolve_sizes(
+        resolved, shape(resolved.block_size), context, nothing, nothing, ON_CPU, nothing, nothing
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -131,3 +136,64 @@ def test_a_16_bit_copy_of_the_weights_is_kept_where_it_takes_a_quarter_of_the_me
         assert keeps_bf16_copy(EngineOptions(), CONFIG) is kept
         assert keeps_bf16_copy(EngineOptions(bf16_copy=True), CONFIG)
         assert not keeps_bf16_copy(EngineOptions(bf16_copy=False), CONFIG)
+
+
+class Gpu:
+    """torch.cuda's bookkeeping of one GPU of 1,000 blocks, of which others have a hundred."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, weights: int, activations: int) -> None:
+        block = shape().bytes_per_block
+        total, others = 1000 * block, 100 * block
+        fakes = {
+            "memory_allocated": weights * block,
+            "max_memory_allocated": (weights + activations) * block,
+            "mem_get_info": (total - others - weights * block, total),
+            "reset_peak_memory_stats": None,
+            "empty_cache": None,
+        }
+        for name, value in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+def test_a_gpus_cache_is_what_utilization_leaves_beside_weights_and_the_largest_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Gpu(monkeypatch, weights=300, activations=120)
+    on_gpu = Placement.single(torch.device("cuda", 0), 3)
+    profiled = []
+    blocks = sizing._gpu_blocks(
+        EngineOptions(gpu_memory_utilization=0.9), shape(), on_gpu, lambda: profiled.append(True)
+    )
+    assert blocks == 900 - 100 - 300 - 120
+    assert profiled == [True]
+
+
+@pytest.mark.parametrize("context", [40, 300])
+def test_the_largest_step_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: int
+) -> None:
+    """All tokens, pictures and rows, whether or not one request could have as many."""
+    folder = write_tiny_llava(tmp_path / "tiny", context_length=context)
+    loaded = load_core(folder, precision="W16A16", device="cpu", num_threads=1)
+    runner = loaded.core.runner
+    vision = runner.images._encode
+    seen: dict[str, int] = {}
+    decode, sample = runner.decoder.forward, Sampler.sample
+
+    def decoded(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen["tokens"] = len(x)
+        return decode(x, *rest)
+
+    def sampled(self: Sampler, logits: torch.Tensor, seqs: Any) -> Any:
+        seen["rows"] = len(logits)
+        return sample(self, logits, seqs)
+
+    monkeypatch.setattr(runner.decoder, "forward", decoded)
+    monkeypatch.setattr(Sampler, "sample", sampled)
+    monkeypatch.setattr(vision, "profile", lambda num_images: seen.update(pictures=num_images))
+    sizing._profile(
+        100, context, 7, runner.cache.shape, runner.decoder, vision, Placement.single(CPU, 2),
+        loaded.tokenizer, AttentionBatch,
+    )  # fmt: skip
+    per_tile = vision.num_tokens_per_tile  # type: ignore[attr-defined]
+    assert seen == {"tokens": 100, "rows": 7, "pictures": -(-100 // per_tile)}
