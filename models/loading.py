@@ -26,7 +26,7 @@ from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
 from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
-from models.engine.sizing import keeps_bf16_copy, resolve_sizes, threads_for
+from models.engine.sizing import GPU_STEP_TOKENS, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.attention_backends import ATTENTION_BACKENDS, attention_backend
 from models.language.kv_cache import KVCache, KVCacheShape
@@ -165,9 +165,9 @@ def load_core(
         dtype=kind,
         backend=backend,
     )
-    warm_up_linears(decoder, kind, options.max_num_batched_tokens or 2048)
     shape = KVCacheShape.of(spec.language, options.block_size, kind)
     attention = attention_backend(target, options.attention_backend)
+    warm_up_linears(decoder, kind, options.max_num_batched_tokens or GPU_STEP_TOKENS)
     sizes = resolve_sizes(
         options, shape, context_length, decoder, vision, placement, tokenizer, attention
     )

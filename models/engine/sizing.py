@@ -31,6 +31,8 @@ CPU_MEMORY_SHARE = 0.25
 """Of the memory that is free at start, for the KV cache; and as much for a copy of the weights. The
 rest is the weights themselves, their page cache, and other people's."""
 
+GPU_STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
+
 COSTLIEST = SamplingParams(
     temperature=1.0, top_p=0.5, top_k=10, min_p=0.1, logprobs=1, logit_bias={0: 1.0},
     presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1,
@@ -71,7 +73,9 @@ def resolve_sizes(
     """
     on_gpu = placement.embedding.type == "cuda"
     max_num_seqs = options.max_num_seqs or (64 if on_gpu else 8)
-    max_num_batched_tokens = options.max_num_batched_tokens or (2048 if on_gpu else 512)
+    max_num_batched_tokens = options.max_num_batched_tokens or (
+        GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
+    )
     blocks_per_seq = -(-context_length // shape.block_size)
     if options.kv_cache_bytes is not None:
         num_blocks = options.kv_cache_bytes // shape.bytes_per_block
