@@ -1,5 +1,4 @@
-"""The W4A16 kernels in Triton's interpreter. Run by `test_w4a16.py` in a process of its own, since
-triton decides when a kernel is defined whether it will be interpreted."""
+"""The W4A16 kernels compute the product, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from models.awq.backends.base import BackendMismatch, Shape
 from models.awq.backends.cuda_triton import CudaTriton
 from models.gpu import w4a16
 from models.gpu.w4a16 import Plan
+from tests.unit.gpu.device import DEVICE
 
 F16, BF16 = DTYPES = (torch.float16, torch.bfloat16)
-EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-"""The interpreter cuts float32 off to bfloat16, where a GPU rounds."""
+EPSILON = {F16: 2.0**-11, BF16: 2.0**-8}
 SCALES = (*DTYPES, torch.float32)
 
 
@@ -30,13 +29,14 @@ class Layer:
         zero = torch.randint(0, 16, (n, k // group), generator=generator, dtype=torch.uint8)
         scale = (torch.rand(n, k // group, generator=generator) + 0.1).mul(0.02).to(scales)
         self.k, self.group = k, group
-        self.weights = w4a16.pack(q, scale, zero, group)
+        on_device = (tensor.to(DEVICE) for tensor in (q, scale, zero))
+        self.weights = w4a16.pack(*on_device, group)
         spread = {"repeats": group, "dim": 1}
         difference = q.double() - zero.double().repeat_interleave(**spread)
         self.exact = difference * scale.double().repeat_interleave(**spread)
 
     def matmul(self, x: Tensor, plan: Plan) -> Tensor:
-        return w4a16.matmul(x, self.weights, self.k, self.group, plan)
+        return w4a16.matmul(x.to(DEVICE), self.weights, self.k, self.group, plan).cpu()
 
 
 def inputs(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -116,11 +116,9 @@ def test_dequantised_weights_are_rounded_once(
     n: int, k: int, group: int, dtype: torch.dtype
 ) -> None:
     layer = Layer(n, k, group)
-    got = w4a16.dequantize(layer.weights, k, group, dtype)
-    if dtype == torch.float16:
-        # The product of a four-bit number and a 16-bit scale has no more bits than float32.
-        assert torch.equal(got, layer.exact.to(dtype))
-    assert ((got.double() - layer.exact).abs() <= EPSILON[dtype] * layer.exact.abs()).all()
+    got = w4a16.dequantize(layer.weights, k, group, dtype).cpu()
+    # The product of a four-bit number and a 16-bit scale has no more bits than float32.
+    assert torch.equal(got, layer.exact.float().to(dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 6])
@@ -163,15 +161,15 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("rows", [1, 20, 150])
 def test_the_backend_packs_checks_and_multiplies(rows: int, dtype: torch.dtype) -> None:
     weight, backend = quantize_rtn(torch.randn(32, 256).half(), 64), CudaTriton()
-    packed = backend.pack(weight, torch.device("cpu"), dtype)
-    x = inputs(rows, 256, dtype)
-    exact = x.double() @ weight.dequantize(torch.float64).T
+    packed = backend.pack(weight, DEVICE, dtype)
+    x = inputs(rows, 256, dtype).to(DEVICE)
+    exact = x.cpu().double() @ weight.dequantize(torch.float64).T
     shape = Shape.of(weight)
     assert (
-        backend.matmul(x, packed, shape).double() - exact
+        backend.matmul(x, packed, shape).cpu().double() - exact
     ).abs().max() < 0.02 * exact.abs().max()
     for plan in backend.plans(shape, rows, x.device):
-        got = backend.run(plan, x, packed, shape).double()
+        got = backend.run(plan, x, packed, shape).cpu().double()
         assert (got - exact).abs().max() < 0.02 * exact.abs().max(), plan
 
 
@@ -181,4 +179,4 @@ def test_the_backend_notices_what_is_packed_otherwise(monkeypatch: pytest.Monkey
         w4a16, "pack", lambda *a: right(*a)._replace(words=right(*a).words.flip(1).contiguous())
     )
     with pytest.raises(BackendMismatch, match="disagrees"):
-        CudaTriton().pack(quantize_rtn(torch.randn(32, 256), 64), torch.device("cpu"), DTYPES[0])
+        CudaTriton().pack(quantize_rtn(torch.randn(32, 256), 64), DEVICE, F16)
