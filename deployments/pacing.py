@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from models import GenerationDelta, TokenLogprobs, Usage
+from models import GenerationDelta, PromptToken, TokenLogprobs, Usage
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Update:
 
     Attributes:
         logprobs: of the tokens since the last one, where they were asked for.
-        stop_reason: as in GenerationDelta.
+        stop_reason, prompt_logprobs: as in GenerationDelta.
     """
 
     text: str
@@ -29,6 +29,7 @@ class Update:
     finish_reason: str | None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[PromptToken, ...] = ()
 
     @property
     def has_news(self) -> bool:
@@ -85,6 +86,7 @@ class _Gathered:
         self.update.finish_reason = delta.finish_reason
         self.update.logprobs += delta.logprobs
         self.update.stop_reason = delta.stop_reason
+        self.update.prompt_logprobs += delta.prompt_logprobs
         if self.update.has_news:
             self.fresh.set()
 

@@ -84,7 +84,10 @@ class Generation:
             async for index, update in updates:
                 choices[index].add(update)
         used = usage_of([choice.usage for choice in choices], self.options.n)
-        return self._answer.whole(choices, used)
+        if self.options.params.prompt_logprobs is None:
+            return self._answer.whole(choices, used)
+        # Thousands of tokens, each with others beside it.
+        return await asyncio.to_thread(self._answer.whole, choices, used)
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         """The answer in pieces; None is a sign of life.

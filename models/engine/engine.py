@@ -166,7 +166,7 @@ class Engine:
         del images  # decoded, they may be large; they are not to be held until the answer's end
         request = await loop.run_in_executor(self._pool, prepare)
         del prepare
-        if params.max_new_tokens == 0:
+        if params.needs_nothing:
             yield _nothing_to_generate(request)
             return
         mailbox = Mailbox(loop)
@@ -193,7 +193,7 @@ class Engine:
     ) -> Iterator[GenerationDelta]:
         """`stream` for callers without an event loop; blocks between deltas."""
         request = self._preparer.prepare(prompt, images, params, request_id=request_id)
-        if params.max_new_tokens == 0:
+        if params.needs_nothing:
             yield _nothing_to_generate(request)
             return
         deltas: queue.SimpleQueue[GenerationDelta] = queue.SimpleQueue()
@@ -220,7 +220,7 @@ class Engine:
         try:
             for index, (prompt, images) in enumerate(prompts):
                 request = self._preparer.prepare(prompt, images, params)
-                if params.max_new_tokens > 0:
+                if not params.needs_nothing:
                     index_of[request.request_id] = index
                     self._submit(request, deltas)
             while index_of:

@@ -118,6 +118,23 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class PromptToken:
+    """One position of a prompt, and how likely its token was after those before it.
+
+    Attributes:
+        token_id: None inside of a picture.
+        logprob: None for the first position, too, which comes after nothing.
+        rank: 1 for the likeliest token, and so on; None where `logprob` is.
+        top: as in TokenLogprobs.
+    """
+
+    token_id: int | None = None
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerationDelta:
     """What one request gained in one step, or in several.
 
@@ -130,6 +147,8 @@ class GenerationDelta:
         stop_reason: the request's stop string, or the one of its `stop_token_ids`, that ended the
             answer; None where the model's own end did.
         timing: in the delta with the first token, and in the last one.
+        prompt_logprobs: of all positions of the prompt, where the request asked for them; in the
+            delta with the first token, or in the only one.
     """
 
     request_id: str
@@ -141,6 +160,7 @@ class GenerationDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     stop_reason: str | int | None = None
     timing: Timing | None = None
+    prompt_logprobs: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def merged(deltas: Sequence[GenerationDelta]) -> GenerationDelta:
         tuple([logprobs for delta in deltas for logprobs in delta.logprobs]),
         last.stop_reason,
         next((delta.timing for delta in reversed(deltas) if delta.timing is not None), None),
+        next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs), ()),
     )
 
 

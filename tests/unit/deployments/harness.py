@@ -87,7 +87,7 @@ class FakeEngine:
         await self.preparing()
         pictures = images() if callable(images) else images
         self.asked.append((prompt, list(pictures), params, queue_timeout_s))
-        if params.max_new_tokens == 0:
+        if params.needs_nothing:
             yield delta(finish_reason="length")
             return
         self.running += 1

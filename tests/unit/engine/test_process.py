@@ -22,6 +22,7 @@ from models.engine.wire import receive
 from models.errors import CheckpointError, ConfigurationError, EngineDead, RequestAborted
 from tests.tiny import write_tiny_llava
 
+SCORED = SamplingParams(temperature=0, max_new_tokens=3, prompt_logprobs=1)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_new_tokens=900, ignore_eos=True)
 PICTURE = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
@@ -89,6 +90,7 @@ async def rest(stream: AsyncIterator[GenerationDelta]) -> str:
 async def test_answers_are_those_of_an_engine_in_this_process(folder: Path, engine: Engine) -> None:
     with load(folder, own_process=False) as here:
         expected = here.generate_batch(PROMPTS, GREEDY)
+        scores = next(iter(here.generate(*PROMPTS[0], SCORED))).prompt_logprobs
         assert here.count_tokens(PROMPTS[0][0]) == engine.count_tokens(PROMPTS[0][0])
         assert here.stop_token_ids == engine.stop_token_ids
         assert here.context_length == engine.context_length
@@ -99,6 +101,8 @@ async def test_answers_are_those_of_an_engine_in_this_process(folder: Path, engi
     assert engine.generate_batch(PROMPTS, GREEDY) == expected
     streamed = await asyncio.gather(*(rest(engine.stream(*p, GREEDY)) for p in PROMPTS))
     assert streamed == expected
+    scored = [d async for d in engine.stream(*PROMPTS[0], SCORED, min_interval_s=0.1)]
+    assert [score for delta in scored for score in delta.prompt_logprobs] == list(scores) != []
     last = [delta async for delta in engine.stream(*PROMPTS[0], GREEDY)][-1]
     assert (last.finish_reason, last.usage.completion_tokens) == ("length", 12)
 
