@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +81,15 @@ class W4A16Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        packed = {name: getattr(self, buffer) for name, buffer in self._buffer_names.items()}
-        y = self._backend.matmul(x.reshape(-1, self.in_features), packed, self.shape)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        # Not by `getattr`, nor by views where none are needed: a small model's steps would feel it.
+        buffers = self._buffers
+        packed = cast(Packed, {name: buffers[key] for name, key in self._buffer_names.items()})
+        flat = x if x.dim() == 2 else x.reshape(-1, self.shape.in_features)
+        y = self._backend.matmul(flat, packed, self.shape)
+        bias = buffers["bias"]
+        if bias is not None:
+            y = y + bias
+        return y if flat is x else y.view(*x.shape[:-1], self.shape.out_features)
 
     def extra_repr(self) -> str:
         n, k, group = self.shape
