@@ -78,8 +78,7 @@ class AppConfig(BaseModel):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto",
-        description="Type of activations; auto: bfloat16, except for W16A16 on a GPU, which takes "
-        "the checkpoint's own.",
+        description="Type of activations; auto: bfloat16 on a CPU, the checkpoint's own on a GPU.",
     )
     num_threads: int | None = Field(
         None,
@@ -118,6 +117,15 @@ class AppConfig(BaseModel):
         None,
         description="Hand a step to the device before the previous one's tokens have come back, so "
         "that the device never waits; default: on a GPU only.",
+    )
+    enforce_eager: bool = Field(
+        False,
+        description="On a GPU: capture no CUDA graphs of decode steps, which take some seconds at "
+        "start and some memory.",
+    )
+    attention_backend: str = Field(
+        "auto",
+        description="`triton` (a GPU) or `torch`; auto: the fastest that runs on the device.",
     )
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(
@@ -330,8 +338,8 @@ class AppConfig(BaseModel):
         """The part that `models.load_engine` takes as they are, less `max_num_seqs`."""
         names = (
             "max_model_len", "max_num_batched_tokens", "max_prefill_slowdown", "async_scheduling",
-            "block_size", "gpu_memory_utilization", "kv_cache_bytes", "enable_prefix_caching",
-            "image_cache_bytes", "bf16_copy",
+            "enforce_eager", "attention_backend", "block_size", "gpu_memory_utilization",
+            "kv_cache_bytes", "enable_prefix_caching", "image_cache_bytes", "bf16_copy",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -22,12 +22,15 @@ def start_up_lines(
         metrics: the address of Ray's exporter on this node, where it is known.
     """
     where = f" at {address}" if address else ""
-    threads = f" (threads: {engine['threads']})" if engine["device"] == "cpu" else ""
+    on_cpu = engine["device"] == "cpu"
+    threads = f" (threads: {engine['threads']})" if on_cpu else ""
+    graphs = "" if on_cpu else f", CUDA graphs: {engine['cuda_graphs']}"
     return [
         f"{model_name} is ready{where}",
         f"model: {engine['model']} ({engine['layout']} layout, {engine['precision']}), "
         f"loaded in {engine['loaded_in']}",
-        f"device: {engine['device']}{threads}, {engine['dtype']}, backend {engine['backend']}",
+        f"device: {engine['device']}{threads}, {engine['dtype']}, backend {engine['backend']}, "
+        f"attention {engine['attention']}{graphs}",
         f"KV cache: {engine['kv_cache']} of {engine['context']}, "
         f"prefix caching {engine['prefix_cache']}; {engine['max_num_seqs']} requests run, "
         f"{max_waiting} wait",

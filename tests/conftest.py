@@ -1,13 +1,23 @@
-"""Async tests run without a plugin, each in an event loop of its own; and one thread computes."""
+"""Async tests run without a plugin, each in an event loop of its own; one thread computes; and
+without a GPU, Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import inspect
+import os
 import sys
 
 import pytest
 from hypothesis import settings
+
+# Triton looks at this when it is imported, which any test may be the first to do.
+if importlib.util.find_spec("triton") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # How long an example takes says more about the machine's other work than about ours.
 settings.register_profile("ours", deadline=None, print_blob=True)

@@ -132,9 +132,10 @@ class EngineCore:
         return batch, None, []
 
     def _sample(self, batch: Batch, logits: Tensor, started: float) -> InFlight:
-        rows = [row for row, c in enumerate(batch.sampling) if not c.seq.ended]
-        seqs = [batch.sampling[row].seq for row in rows]
-        if len(rows) < len(logits):  # some have ended with the step before
+        sampling = [chunk.seq for chunk in batch.sampling]
+        seqs = [seq for seq in sampling if not seq.ended]
+        if len(seqs) < len(sampling):  # some have ended with the step before
+            rows = [row for row, seq in enumerate(sampling) if not seq.ended]
             logits = logits[upload(rows, logits.device, torch.long)]
         samples = self.sampler.sample(logits, seqs)
         for seq in seqs:

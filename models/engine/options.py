@@ -22,6 +22,9 @@ class EngineOptions:
         async_scheduling: hand a step to the device before the tokens of the one before it have come
             back, so that the device never waits; default: on a GPU. A CPU computes in the same
             place anyway.
+        enforce_eager: on a GPU: capture no CUDA graphs of decode steps. They take some seconds at
+            start and some memory.
+        attention_backend: a name of `models.language.attention_backends`; auto: the fastest.
         block_size: tokens in a KV block.
         bf16_copy: on a CPU without AVX-512's bf16 instructions, or without a C++ compiler: keep a
             16-bit copy of 4-bit weights besides, with which prompts are computed up to 2.5 times
@@ -39,6 +42,8 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     max_prefill_slowdown: float | None = 0.45
     async_scheduling: bool | None = None
+    enforce_eager: bool = False
+    attention_backend: str = "auto"
     block_size: int = 16
     bf16_copy: bool | None = None
     gpu_memory_utilization: float = 0.9
@@ -49,6 +54,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str):
+                continue
             least = 0 if field.name == "image_cache_bytes" or isinstance(value, bool) else 1e-9
             if value is not None and value < least:
                 raise ConfigurationError(f"{field.name} is {value!r}; it must be positive")

@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.engine.decode_graphs import DecodeGraphs
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.in_flight import InFlight
+from models.engine.input_tokens import KNOWN, InputTokens, spans_of
+from models.engine.prompt_scores import score_prompts
 from models.engine.scheduler import Batch, Chunk
-from models.engine.sequence import IN_FLIGHT
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import AttentionBatch
+from models.language.attention_backends import StepLayout
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache
 from models.transfer import upload
@@ -20,12 +23,26 @@ class ModelRunner:
     """Owns the model's modules and the KV tensors."""
 
     def __init__(
-        self, decoder: Decoder, images: ImageEmbeddingCache, cache: KVCache, device: torch.device
+        self,
+        decoder: Decoder,
+        images: ImageEmbeddingCache,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        attention: type[StepLayout] = AttentionBatch,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        """
+        Args:
+            device: where embeddings and layouts go first.
+            graphs: of the same decoder and cache.
+        """
         self.decoder = decoder
         self.images = images
         self.cache = cache
         self.device = device
+        self.attention = attention
+        self.graphs = graphs
 
     def run(self, batch: Batch, in_flight: InFlight | None = None) -> Tensor:
         """(chunks that sample, vocabulary) float32 logits, in the order of `batch.sampling`.
@@ -33,9 +50,11 @@ class ModelRunner:
         Args:
             in_flight: the step before, whose tokens may not have been fetched yet.
         """
-        spans = [Span(c.start, c.end, c.seq.block_table) for c in batch.chunks]
-        layout = AttentionBatch.build(spans, self.cache.shape, self.device)
+        if self.graphs is not None and self.graphs.can_run(batch):
+            return self.graphs.run(batch, in_flight)
+        layout = self.attention.build(spans_of(batch), self.cache.shape, self.device)
         hidden = self.decoder(self._embed(batch.chunks, in_flight), self.cache, layout)
+        score_prompts(batch.chunks, hidden, self.decoder.logits)
         return self.decoder.logits(hidden[_sampling_rows(batch.chunks, hidden.device)])
 
     def _embed(self, chunks: list[Chunk], in_flight: InFlight | None) -> Tensor:
@@ -59,20 +78,13 @@ class ModelRunner:
         return embeddings
 
     def _token_ids(self, chunks: list[Chunk], in_flight: InFlight | None) -> Tensor:
-        """(tokens,) int64. Those in flight never come here: they go from tensor to tensor."""
-        token_ids = np.concatenate(
-            [np.frombuffer(c.seq.token_ids, dtype=np.int64)[c.start : c.end] for c in chunks]
-        )
-        ids = upload(token_ids, self.device)
-        to = np.flatnonzero(token_ids == IN_FLIGHT)
-        if not to.size:
-            return ids
-        assert in_flight is not None
-        ends = np.cumsum([c.end - c.start for c in chunks])
-        row_of = {id(seq): row for row, seq in enumerate(in_flight.seqs)}
-        rows = [row_of[id(chunks[index].seq)] for index in np.searchsorted(ends, to, side="right")]
-        tokens = in_flight.tokens.to(self.device, non_blocking=True)
-        ids[upload(to, self.device)] = tokens[upload(rows, self.device)]
+        """(tokens,) int64."""
+        inputs = InputTokens.of(chunks, in_flight)
+        ids = upload(inputs.ids, self.device)
+        (to,) = np.nonzero(inputs.sources != KNOWN)
+        if in_flight is not None and to.size:
+            tokens = in_flight.tokens.to(self.device)
+            ids[upload(to, self.device)] = tokens[upload(inputs.sources[to], self.device)]
         return ids
 
     def _encode_images(self, chunks: list[Chunk]) -> None:

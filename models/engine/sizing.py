@@ -14,11 +14,13 @@ from transformers import PreTrainedConfig
 from models.engine.messages import GenerationRequest
 from models.engine.options import EngineOptions
 from models.engine.output_text import Decodes
+from models.engine.prompt_scores import ROWS_AT_A_TIME, scores_of
 from models.engine.sampler import Sampler
-from models.engine.sampling_params import SamplingParams
+from models.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import ConfigurationError
-from models.language.attention import AttentionBatch, Span
+from models.language.attention import Span
+from models.language.attention_backends import StepLayout
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape, head_dim
 from models.language.loading import linear_shapes
@@ -28,6 +30,8 @@ from models.vision import VisionEncoder
 CPU_MEMORY_SHARE = 0.25
 """Of the memory that is free at start, for the KV cache; and as much for a copy of the weights. The
 rest is the weights themselves, their page cache, and other people's."""
+
+GPU_STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 
 COSTLIEST = SamplingParams(
     temperature=1.0, top_p=0.5, top_k=10, min_p=0.1, logprobs=1, logit_bias={0: 1.0},
@@ -57,6 +61,7 @@ def resolve_sizes(
     vision: VisionEncoder,
     placement: Placement,
     tokenizer: Decodes,
+    attention: type[StepLayout],
 ) -> EngineSizes:
     """
     Args:
@@ -68,14 +73,16 @@ def resolve_sizes(
     """
     on_gpu = placement.embedding.type == "cuda"
     max_num_seqs = options.max_num_seqs or (64 if on_gpu else 8)
-    max_num_batched_tokens = options.max_num_batched_tokens or (2048 if on_gpu else 512)
+    max_num_batched_tokens = options.max_num_batched_tokens or (
+        GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
+    )
     blocks_per_seq = -(-context_length // shape.block_size)
     if options.kv_cache_bytes is not None:
         num_blocks = options.kv_cache_bytes // shape.bytes_per_block
     elif on_gpu:
         profile = partial(
             _profile, max_num_batched_tokens, context_length, max_num_seqs, shape, decoder, vision,
-            placement, tokenizer,
+            placement, tokenizer, attention,
         )  # fmt: skip
         num_blocks = _gpu_blocks(options, shape, placement, profile)
     else:
@@ -151,6 +158,7 @@ def _profile(
     vision: VisionEncoder,
     placement: Placement,
     tokenizer: Decodes,
+    attention: type[StepLayout],
 ) -> None:
     """The largest step: all its tokens are of prompts as long as can be, as many pictures as they
     can hold are new, and `num_rows` are sampled, with everything that a request may ask for."""
@@ -163,11 +171,13 @@ def _profile(
         Span(0, length, range(index * longest, (index + 1) * longest))
         for index, length in enumerate(sorted(lengths))
     ]
-    layout = AttentionBatch.build(spans, shape, placement.embedding)
+    layout = attention.build(spans, shape, placement.embedding)
     token_ids = torch.zeros(num_tokens, dtype=torch.long, device=placement.embedding)
     embeddings = decoder.embed(token_ids)
     vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
     hidden = decoder(embeddings, cache, layout)
+    prompt = hidden[:ROWS_AT_A_TIME]
+    scores_of(decoder.logits(prompt), [0] * len(prompt), MAX_LOGPROBS)
     rows = torch.arange(num_rows, device=hidden.device) % num_tokens
     request = GenerationRequest("profile", [0], (), COSTLIEST)
     seq = Sequence(request, tokenizer, shape.block_size, context_length)

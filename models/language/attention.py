@@ -1,7 +1,8 @@
-"""Attention over the paged KV cache.
+"""Attention over the paged KV cache, by torch and by the CPU's own kernels.
 
 A step's tokens are packed: first the chunks of one token (decodes), then longer chunks of
-prompts. An `AttentionBatch` says where each token's keys lie; a backend computes.
+prompts. An `AttentionBatch` says where each token's keys lie. `models.language.attention_backends`
+names the other ways.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.language.kv_cache import KVCache, KVCacheShape
+from models.language.rope import rotate
 from models.native import Kernels, kernels
 from models.native.library import BLOCK_MULTIPLE, HEAD_DIMS
 
@@ -111,6 +113,19 @@ class AttentionBatch:
             prompts=tuple(chunk.to(device) for chunk in self.prompts),
         )
 
+    def attend(
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, layer: int
+    ) -> Tensor:
+        """See `StepLayout.attend`."""
+        library = _kernels_for(cache.shape, qkv.device)
+        if library is not None:
+            return _attend_in_place(library, qkv, rotation, cache, layer, self)
+        kv_heads = cache.shape.num_kv_heads
+        qk, v = qkv.tensor_split([qkv.shape[1] - kv_heads], dim=1)
+        q, k = rotate(qk, *rotation).tensor_split([qk.shape[1] - kv_heads], dim=1)
+        cache.write(layer, self.slots, k, v)
+        return attend(q, k, v, cache, layer, self)
+
 
 def _blocks_of_tokens(span: Span, block_size: int) -> Tensor:
     blocks = torch.tensor(span.block_table, dtype=torch.long)
@@ -132,11 +147,33 @@ def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.devic
     )
 
 
+def _attend_in_place(
+    library: Kernels,
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    cache: KVCache,
+    layer: int,
+    batch: AttentionBatch,
+) -> Tensor:
+    """`AttentionBatch.attend` by the CPU's own kernels, which read the cache where it lies."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    q = library.rotate_and_store(qkv, *rotation, batch.slots, keys, values)
+    out = q.new_empty(q.shape)
+    if batch.num_decodes:
+        decodes = slice(batch.num_decodes)
+        library.paged_attention(
+            q[decodes], keys, values, batch.decode_tables, batch.positions[decodes], out[decodes]
+        )
+    for chunk in batch.prompts:
+        rows = slice(chunk.first, chunk.last)
+        library.prompt_attention(q[rows], keys, values, chunk.tables, chunk.context, out[rows])
+    return out
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch
 ) -> Tensor:
-    """Single queries by our own kernel where there is one, which reads blocks where they lie;
-    everything else by torch's products over gathered blocks.
+    """By torch's products over gathered blocks.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -169,13 +206,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def _decode(q: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, out: Tensor) -> None:
     """One query of each sequence, (sequences, heads, head_dim)."""
-    library = _kernels_for(cache.shape, q.device)
-    if library is not None:
-        library.paged_attention(
-            q, cache.keys[layer], cache.values[layer], batch.decode_tables,
-            batch.positions[: batch.num_decodes], out,
-        )  # fmt: skip
-        return
     keys, values = cache.read(layer, batch.decode_tables)
     if q.device.type == "cpu":
         out.copy_(_two_products(q, keys, values, batch.decode_mask))

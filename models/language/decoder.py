@@ -8,14 +8,14 @@ compute with is handed over where the device changes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from models.language.attention import AttentionBatch, attend
+from models.language.attention_backends import StepLayout
 from models.language.families import attention_bias
+from models.language.fused import add_rms_norm, rms_norm, swiglu
 from models.language.kv_cache import KVCache, head_dim
-from models.language.rope import RotaryEmbedding, rotate
+from models.language.rope import RotaryEmbedding
 from models.native import kernels
 from models.placement import Placement
 
@@ -29,9 +29,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm."""
+        if delta is None:
+            return x, self(x)
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -40,25 +44,18 @@ class Attention(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
         self.head_dim = head_dim(config)
         bias = attention_bias(config)
-        heads = self.num_heads + 2 * self.num_kv_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias.qkv)
-        self.o_proj = nn.Linear(
-            self.num_heads * self.head_dim, config.hidden_size, bias=bias.output
-        )
+        q = config.num_attention_heads * self.head_dim
+        kv = config.num_key_value_heads * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, q + 2 * kv, bias=bias.qkv)
+        self.o_proj = nn.Linear(q, config.hidden_size, bias=bias.output)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: AttentionBatch
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: StepLayout
     ) -> Tensor:
-        rotated = self.num_heads + self.num_kv_heads
-        qkv = self.qkv_proj(x).unflatten(-1, (rotated + self.num_kv_heads, self.head_dim))
-        qk, v = qkv.split([rotated, self.num_kv_heads], dim=1)
-        q, k = rotate(qk, *rotation).split([self.num_heads, self.num_kv_heads], dim=1)
-        cache.write(self.layer, batch.slots, k, v)
-        out: Tensor = self.o_proj(attend(q, k, v, cache, self.layer, batch).flatten(1))
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        out: Tensor = self.o_proj(batch.attend(qkv, rotation, cache, self.layer).flatten(1))
         return out
 
 
@@ -72,8 +69,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
         return out
 
 
@@ -86,10 +82,23 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: AttentionBatch
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache, batch)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: StepLayout,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + delta, which the next norm adds up; so is what is returned.
+
+        Args:
+            delta: None: nothing is to be added yet.
+        """
+        x, normed = self.input_layernorm.add(x, delta)
+        x, normed = self.post_attention_layernorm.add(
+            x, self.self_attn(normed, rotation, cache, batch)
+        )
+        return x, self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -130,21 +139,24 @@ class Decoder(nn.Module):
         out: Tensor = self.model.embed_tokens(token_ids)
         return out
 
-    def forward(self, x: Tensor, cache: KVCache, batch: AttentionBatch) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache, batch: StepLayout) -> Tensor:
         """(tokens, hidden) embeddings -> (tokens, hidden) final states; writes the KV cache.
 
         Embeddings and `batch` are on the embedding's device, the final states on the norm's.
         """
         assert self.rotary is not None, "the loader tabulates the rotary embedding"
         rotation = self.rotary.at(batch.positions, x.dtype)
-        here = self.placement.embedding
+        here, delta = self.placement.embedding, None
         for layer, device in zip(self.model.layers, self.placement.layers, strict=True):
             if device != here:
                 cos, sin = rotation
-                x, rotation = x.to(device), (cos.to(device), sin.to(device))
+                x, delta = _sum(x, delta).to(device), None
+                rotation = cos.to(device), sin.to(device)
                 batch, here = batch.to(device), device
-            x = layer(x, rotation, cache, batch)
-        out: Tensor = self.model.norm(x.to(self.placement.norm))
+            x, delta = layer(x, delta, rotation, cache, batch)
+        if self.placement.norm != here:
+            x, delta = _sum(x, delta).to(self.placement.norm), None
+        out: Tensor = self.model.norm.add(x, delta)[1]
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -157,3 +169,7 @@ class Decoder(nn.Module):
                 return library.dense_matmul(hidden.contiguous(), weight)
         out: Tensor = self.lm_head(hidden)
         return out.float()
+
+
+def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    return x if delta is None else x + delta

@@ -34,8 +34,8 @@ class RotaryEmbedding(nn.Module):
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin for each token, (tokens, 1, head_dim); the same for all layers of a step."""
         return (
-            self.cos[positions].to(dtype).unsqueeze(1),
-            self.sin[positions].to(dtype).unsqueeze(1),
+            self.cos.index_select(0, positions).to(dtype).unsqueeze(1),
+            self.sin.index_select(0, positions).to(dtype).unsqueeze(1),
         )
 
 

@@ -6,30 +6,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "bf16.h"
+#include "sums.h"
+
 namespace {
 
-constexpr int64_t LANES = 16;
-
-// The 16 vectors' sums, in their order.
-__m512 sums_of(const __m512* v) {
-    __m512 pair[8], four[4], eight[2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-        pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
-                                _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m512d low = (__m512d)pair[2 * i], high = (__m512d)pair[2 * i + 1];
-        four[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high),
-                                (__m512)_mm512_unpackhi_pd(low, high));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)
-        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
-                                 _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
-                         _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
-}
+constexpr int64_t LANES = WIDTH;
 
 // e^x for x <= 0, to 2 units of fp32's last place.
 __m512 exponential(__m512 x) {
@@ -44,8 +26,6 @@ __m512 exponential(__m512 x) {
     for (const float term : TERMS) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
     return _mm512_scalef_ps(sum, n);
 }
-
-__mmask16 mask_of(int64_t count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
 
 // Scores -> their exponentials, less the largest's, 0 beyond `length`; returns the sum.
 float weights_of(float* scores, int64_t length) {
@@ -83,7 +63,7 @@ __m512 scores_of(const uint16_t* q, const uint16_t* keys, const uint16_t* next) 
 #pragma GCC unroll 8
         for (int64_t i = 0; i < REGISTERS; ++i) {
             const int64_t at = position * HEAD_DIM + 32 * i;
-            _mm_prefetch(next + at, _MM_HINT_T0);
+            _mm_prefetch(next + at, _MM_HINT_T1);
             dot[position] = _mm512_dpbf16_ps(dot[position], query[i],
                                              (__m512bh)_mm512_loadu_si512(keys + at));
         }
@@ -109,16 +89,14 @@ void weigh(const Cache& cache, const int64_t* table, int64_t length, const float
         for (int64_t position = start; position < end;
              ++position, value += HEAD_DIM, next += HEAD_DIM) {
 #pragma GCC unroll 4
-            for (int64_t i = 0; i < HEAD_DIM; i += 32) _mm_prefetch(next + i, _MM_HINT_T0);
+            for (int64_t i = 0; i < HEAD_DIM; i += 32) _mm_prefetch(next + i, _MM_HINT_T1);
             __m512 weight[HEADS];
 #pragma GCC unroll 2
             for (int64_t head = 0; head < HEADS; ++head)
                 weight[head] = _mm512_set1_ps(weights[head * stride + position]);
 #pragma GCC unroll 16
             for (int64_t i = 0; i < REGISTERS; ++i) {
-                const __m512i half =
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + i * LANES)));
-                const __m512 wide = (__m512)_mm512_slli_epi32(half, 16);
+                const __m512 wide = load(value + i * LANES);
 #pragma GCC unroll 2
                 for (int64_t head = 0; head < HEADS; ++head)
                     total[head][i] = _mm512_fmadd_ps(weight[head], wide, total[head][i]);
@@ -128,9 +106,7 @@ void weigh(const Cache& cache, const int64_t* table, int64_t length, const float
     for (int64_t head = 0; head < HEADS; ++head) {
         const __m512 factor = _mm512_set1_ps(1.0f / sums[head]);
         for (int64_t i = 0; i < REGISTERS; ++i)
-            _mm256_storeu_si256(
-                (__m256i*)(out + head * HEAD_DIM + i * LANES),
-                (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(total[head][i], factor)));
+            store(out + head * HEAD_DIM + i * LANES, _mm512_mul_ps(total[head][i], factor));
     }
 }
 

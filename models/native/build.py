@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILE = (
     "-std=c++17", "-O3", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-fPIC",
     "-fno-exceptions", "-fno-rtti", "-c",
@@ -42,7 +43,7 @@ def build() -> Path:
         BuildError
     """
     digest = hashlib.sha256(repr((COMPILE, LINK)).encode())
-    for source in SOURCES:
+    for source in (*SOURCES, *HEADERS):
         digest.update(source.read_bytes())
     try:
         folder = _private_folder()

@@ -54,13 +54,33 @@ class Kernels:
         self._matmul.restype = _int
         self._dense = library.dense_matmul
         self._dense.argtypes = [_pointer, _pointer, _int64, _int64, _int64, _pointer, _int]
-        self._dense.restype = None
+        self._dense.restype = _int
         self._attention = library.paged_attention
         self._attention.argtypes = [
             _pointer, _int64, _pointer, _pointer, _pointer, _pointer,
             *[_int64] * 6, _float, _pointer, _int64, _int,
         ]  # fmt: skip
         self._attention.restype = _int
+        self._prompt_attention = library.prompt_attention
+        self._prompt_attention.argtypes = [
+            _pointer, _int64, _pointer, _pointer, _pointer, *[_int64] * 7, _float,
+            _pointer, _int64, _int,
+        ]  # fmt: skip
+        self._prompt_attention.restype = None
+
+        self._rms_norm = library.rms_norm
+        self._rms_norm.argtypes = [
+            _pointer, _pointer, _pointer, _float, _int64, _int64, _pointer, _int,
+        ]  # fmt: skip
+        self._rms_norm.restype = None
+        self._swiglu = library.swiglu
+        self._swiglu.argtypes = [_pointer, _int64, _int64, _pointer, _int]
+        self._swiglu.restype = None
+        self._rotate_and_store = library.rotate_and_store
+        self._rotate_and_store.argtypes = [
+            *[_pointer] * 4, *[_int64] * 4, _pointer, _pointer, _int,
+        ]  # fmt: skip
+        self._rotate_and_store.restype = None
 
     def w4a16_pack(self, q: Tensor, scale: Tensor, zero: Tensor, multiplier: float) -> Tensor:
         """
@@ -95,9 +115,10 @@ class Kernels:
         """x: (M, K) bf16, weight: (N, K) bf16 -> (M, N) float32."""
         (rows, k), n = x.shape, weight.shape[0]
         y = torch.empty(rows, n)
-        self._dense(
+        if self._dense(
             x.data_ptr(), weight.data_ptr(), rows, n, k, y.data_ptr(), torch.get_num_threads()
-        )
+        ):
+            raise MemoryError(f"no memory to multiply {rows} rows")
         return y
 
     def paged_attention(
@@ -121,6 +142,72 @@ class Kernels:
             width, head_dim**-0.5, out.data_ptr(), out.stride(0), torch.get_num_threads(),
         ):  # fmt: skip
             raise MemoryError(f"no memory for the scores of {width * keys.shape[2]} tokens")
+
+    def prompt_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, context: int, out: Tensor
+    ) -> None:
+        """Consecutive queries of one sequence, whose own keys and values are in the cache already.
+
+        Args:
+            q, out: (rows, heads, head_dim) bf16; `out` is written. Only their rows may lie apart.
+            keys, values: as `paged_attention`'s.
+            tables: (kv_heads, width) int64, the sequence's up to the last query's block at least.
+            context: the first query's position.
+        """
+        rows, heads, head_dim = q.shape
+        kv_heads, width = tables.shape
+        self._prompt_attention(
+            q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
+            context, rows, kv_heads, heads // kv_heads, head_dim, keys.shape[2], width,
+            head_dim**-0.5, out.data_ptr(), out.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None
+    ) -> Tensor:
+        """The norm of x, or of x + `delta`, which is left in x.
+
+        Args:
+            x, delta: (tokens, size) bf16.
+            weight: (size,) bf16.
+        """
+        rows, size = x.shape
+        out = torch.empty_like(x)
+        self._rms_norm(
+            x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), eps,
+            rows, size, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """(tokens, 2 * size) bf16, the gates first -> (tokens, size)."""
+        rows, width = gate_up.shape
+        out = gate_up.new_empty(rows, width // 2)
+        self._swiglu(gate_up.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def rotate_and_store(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Rotates the queries where they are, and puts rotated keys, and values, into the cache.
+
+        Args:
+            qkv: (tokens, heads + 2 * kv_heads, head_dim) bf16; head_dim is a multiple of 32.
+            cos, sin: (tokens, 1, head_dim) bf16.
+            slots: (tokens, kv_heads) int64; see `KVCacheShape.slots`.
+            keys, values: (blocks, kv_heads, block_size, head_dim) bf16; written.
+
+        Returns:
+            (tokens, heads, head_dim), the queries in `qkv`.
+        """
+        tokens, all_heads, head_dim = qkv.shape
+        kv_heads = slots.shape[1]
+        heads = all_heads - 2 * kv_heads
+        self._rotate_and_store(
+            qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), tokens, heads,
+            kv_heads, head_dim, keys.data_ptr(), values.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return qkv[:, :heads]
 
 
 @functools.cache

@@ -35,7 +35,7 @@ constexpr int64_t PAIRS = DEPTH / 2;
 constexpr int64_t STEP_BYTES = PANELS * 64;
 constexpr int64_t PARAMETER_BYTES = COLUMNS * 3;
 constexpr int64_t MOST_ROWS = 4;  // that share a register of weights. More leave too few for the rest
-constexpr int64_t PREFETCH_BYTES = 2048;
+constexpr int64_t PREFETCH_BYTES = 6144;
 constexpr int64_t HUGE_PAGE = 1 << 21;
 
 struct Header {

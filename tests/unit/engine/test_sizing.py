@@ -15,6 +15,7 @@ from models.engine.options import EngineOptions
 from models.engine.sampler import Sampler
 from models.engine.sizing import EngineSizes, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
+from models.language.attention import AttentionBatch
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.loading import load_core
 from models.placement import Placement
@@ -36,7 +37,7 @@ def sizes(context: int = 512, **options: Any) -> EngineSizes:
     resolved = EngineOptions(**options)
     nothing: Any = None  # the decoder and the tower are looked at on a GPU only
     return resolve_sizes(
-        resolved, shape(resolved.block_size), context, nothing, nothing, ON_CPU, nothing
+        resolved, shape(resolved.block_size), context, nothing, nothing, ON_CPU, nothing, nothing
     )
 
 
@@ -192,7 +193,7 @@ def test_the_largest_step_is_computed(
     monkeypatch.setattr(vision, "profile", lambda num_images: seen.update(pictures=num_images))
     sizing._profile(
         100, context, 7, runner.cache.shape, runner.decoder, vision, Placement.single(CPU, 2),
-        loaded.tokenizer,
+        loaded.tokenizer, AttentionBatch,
     )  # fmt: skip
     per_tile = vision.num_tokens_per_tile  # type: ignore[attr-defined]
     assert seen == {"tokens": 100, "rows": 7, "pictures": -(-100 // per_tile)}
