@@ -164,7 +164,8 @@ class Record:
 
     @property
     def failed(self) -> dict[str, str]:
-        return {name: str(f[ERROR]) for name, f in self.cases.items() if ERROR in f}
+        """Why, in one line; the record has all of it."""
+        return {n: " ".join(f[ERROR].split())[:300] for n, f in self.cases.items() if ERROR in f}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -285,7 +286,7 @@ def _ending_in_order() -> Iterator[None]:
 def _outcome(figures: Figures) -> str:
     for mark in (ERROR, SKIPPED):
         if mark in figures:
-            return f"{mark}: {figures[mark]}"
+            return f"{mark}: {figures[mark]:.300}"
     return ", ".join(f"{key} {short(value)}" for key, value in figures.items())
 
 

@@ -92,8 +92,6 @@ def test_what_is_not_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("name", gpu.PARTS)
 def test_every_part_has_its_name(name: str) -> None:
-    if name == "linears":
-        pytest.importorskip("benchmarks.gpu_linears")
     assert gpu.load_part(name).name == name
 
 
