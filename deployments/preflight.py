@@ -3,7 +3,8 @@
     python -m deployments.preflight serve_config.yaml && serve run serve_config.yaml
 
 Ray Serve tells the same, half a minute later, between the lines and stack traces of several
-processes; keys outside of `args:` that it does not know it ignores. Status 1 if something is wrong. `make serve` looks first.
+processes; keys outside of `args:` that it does not know it ignores. Status 1 if something is
+wrong. `make serve` looks first.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,10 +40,10 @@ def unread_keys(config: Mapping[str, Any]) -> Iterator[str]:
                 yield from _unread(deployment.get(key), schema, f"{key}:")
 
 
-def unknown_deployments(application: Mapping[str, Any], known: Iterable[str]) -> Iterator[str]:
+def unknown_deployments(application: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
     """One sentence for each entry of `deployments:` that sets options of no deployment."""
     for deployment in _items(application.get("deployments")):
-        if (name := deployment.get("name")) not in known:
+        if (name := str(deployment.get("name"))) not in known:
             yield f"deployments: there is no {name!r}; known: {', '.join(known)}"
 
 
