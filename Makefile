@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install serve test lint check browser-test load-test demo-check train-demo lock clean
+.PHONY: install serve test lint check browser-test load-test gpu-check demo-check train-demo lock clean
 
 serve: $(STAMP)
 	@$(BIN)/python -m deployments.preflight $(CONFIG)
@@ -52,6 +52,12 @@ $(GUIDELLM):
 	$(PYTHON) -m venv $(VENV)-load
 	$(VENV)-load/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(LOCK))"
 	$(VENV)-load/bin/python -m pip install --quiet --disable-pip-version-check "guidellm[vision]==0.8.1"
+
+# What one GPU can tell, within 20 minutes: the tests that need one, then everything that is measured
+# (docs/gpu.md). Without a GPU: make gpu-check GPU_ARGS="--device cpu --scale tiny"
+gpu-check: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/unit tests/parity $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 # The gates of the demo model on thousands of held-out questions; minutes.
 demo-check: $(STAMP)

@@ -77,7 +77,7 @@ class Figures:
 
 
 async def measure(engine: Engine, seed: int, prompt_tokens: int) -> Figures:
-    words = Words(engine, seed)
+    words = Words(engine.encode, seed)
     arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
 
     async def stream(times: list[float]) -> None:

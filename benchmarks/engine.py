@@ -9,9 +9,11 @@ if one of them is missed. The defaults take some ten minutes.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.arm import Arm
 from benchmarks.command import build_parser, plan_of
@@ -21,8 +23,13 @@ from benchmarks.piped_arm import PipedArm
 from benchmarks.report import print_goals, print_table, write_record
 
 
-def engine_arm(model_path: str, max_num_seqs: int) -> Arm:
-    return PipedArm(ENGINE, "benchmarks.engine_arm", model_path, str(max_num_seqs))
+def engine_arm(model_path: str, max_num_seqs: int, options: Mapping[str, Any] | None = None) -> Arm:
+    """
+    Args:
+        options: further ones of `load_engine`.
+    """
+    chosen = {"max_num_seqs": max_num_seqs, **(options or {})}
+    return PipedArm(ENGINE, "benchmarks.engine_arm", model_path, json.dumps(chosen))
 
 
 def transformers_arms(model_path: str) -> list[Arm]:

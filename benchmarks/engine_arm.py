@@ -1,15 +1,17 @@
 """A process that answers with `models.load_engine`, and nothing around it.
 
-python -m benchmarks.engine_arm MODEL_PATH MAX_NUM_SEQS
+python -m benchmarks.engine_arm MODEL_PATH OPTIONS     JSON: `load_engine`'s
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -19,8 +21,8 @@ from models import SamplingParams, load_engine
 
 
 class EngineModel:
-    def __init__(self, model_path: str, max_num_seqs: int) -> None:
-        self._engine = load_engine(model_path, max_num_seqs=max_num_seqs)
+    def __init__(self, model_path: str, options: Mapping[str, Any]) -> None:
+        self._engine = load_engine(model_path, **options)
         self._loop = asyncio.new_event_loop()
 
     def answer(self, questions: Sequence[Question], num_tokens: int, outbox: Outbox) -> None:
@@ -43,4 +45,4 @@ class EngineModel:
 
 
 if __name__ == "__main__":
-    serve(partial(EngineModel, sys.argv[1], int(sys.argv[2])))
+    serve(partial(EngineModel, sys.argv[1], json.loads(sys.argv[2])))

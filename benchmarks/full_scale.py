@@ -20,11 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from benchmarks.machine import busy_cpus
 from benchmarks.report import write_figures
-from models import SamplingParams
+from benchmarks.streams import ask, noise
 from models.command_line import HelpFormatter
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 TOKENS = 32
 STREAMS = (1, 4)
 CONTEXT = 1024
-PROMPT = "USER: <image>\nWhat is in this picture, and what is it for? ASSISTANT:"
 
 
 @dataclass(frozen=True)
@@ -70,37 +67,12 @@ def measure(folder: Path, bf16_copy: bool) -> Figures:
         load_s, peak = time.monotonic() - before, _peak_gb() - base - _kv_cache_gb(engine)
         first, speed = [], {}
         for streams in STREAMS:
-            firsts, tokens_per_s = asyncio.run(_ask(engine, streams))
-            first += firsts
-            speed[str(streams)] = tokens_per_s
+            answered = asyncio.run(ask(engine, noise(streams), TOKENS))
+            first += answered.first_token_s
+            speed[str(streams)] = answered.tokens_per_s
         return Figures(
             engine.description()["backend"], load_s, _weights_gb(folder), peak, first[0], speed
         )
-
-
-async def _ask(engine: Engine, streams: int) -> tuple[list[float], float]:
-    """(seconds to each first token, tokens per second of all streams after the last of them)."""
-    import torch
-
-    params = SamplingParams(temperature=0, max_new_tokens=TOKENS, ignore_eos=True)
-    arrivals: list[list[float]] = []
-
-    async def answer(picture: Image.Image) -> None:
-        times: list[float] = []
-        arrivals.append(times)
-        async for delta in engine.stream(PROMPT, [picture], params):
-            times += [time.monotonic()] * len(delta.token_ids)
-
-    pictures = [
-        Image.fromarray(torch.randint(0, 256, (336, 448, 3), dtype=torch.uint8).numpy())
-        for _ in range(streams)
-    ]
-    asked = time.monotonic()
-    await asyncio.gather(*map(answer, pictures))
-    all_running = max(times[0] for times in arrivals)
-    ends = min(times[-1] for times in arrivals)
-    tokens = sum(all_running < moment <= ends for times in arrivals for moment in times)
-    return [times[0] - asked for times in arrivals], tokens / (ends - all_running)
 
 
 def _peak_gb() -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 """Those that torch's products use."""
-PACKAGES = ("torch", "transformers", "ray", "uvicorn")
+PACKAGES = ("torch", "transformers", "triton", "ray", "uvicorn")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -21,8 +21,32 @@ def describe_machine() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{name: own for name in PACKAGES if (own := version_of(name)) is not None},
     }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The first one's kind and size; nothing where torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def busy_cpus(seconds: float = 2.0) -> float:

@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,24 +61,28 @@ class Turn:
 class Words:
     """Texts of so many tokens that no two begin alike."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
-        self._engine = engine
+    def __init__(self, encode: Callable[[str], Sequence[int]], seed: int) -> None:
+        """
+        Args:
+            encode: the model's tokenizer's.
+        """
+        self._encode = encode
         self._random = random.Random(seed)
-        self._bos = len(engine.encode(""))
+        self._bos = len(encode(""))
 
     def text(self, tokens: int) -> str:
         """Of `tokens` tokens; a few more where the tokenizer cuts no words finely enough."""
         words: list[str] = []
         while True:
             words += ["".join(self._random.choices("abcdefghij", k=4)) for _ in range(4)]
-            if len(self._engine.encode(" ".join(words))) - self._bos >= tokens:
+            if len(self._encode(" ".join(words))) - self._bos >= tokens:
                 break
         while len(words) > 1 and self._length(words[:-1]) >= tokens:
             words.pop()
         return " ".join(words)
 
     def _length(self, words: Sequence[str]) -> int:
-        return len(self._engine.encode(" ".join(words))) - self._bos
+        return len(self._encode(" ".join(words))) - self._bos
 
 
 def first_token(engine: Engine, prompt: str, pictures: Sequence[Image.Image]) -> tuple[float, int]:
@@ -88,12 +92,18 @@ def first_token(engine: Engine, prompt: str, pictures: Sequence[Image.Image]) ->
     return time.monotonic() - asked, delta.usage.cached_tokens
 
 
-def measure(engine: Engine, history: int, pictured: bool, repeats: int) -> Turn:
+def measure(
+    engine: Engine, history: int, pictured: bool, repeats: int, device: str = "cpu"
+) -> Turn:
+    """
+    Args:
+        device: where the engine's KV cache lies.
+    """
     import torch
 
     from models.language.kv_cache import KVCacheShape
 
-    words = Words(engine, seed=history + pictured)
+    words = Words(engine.encode, seed=history + pictured)
     size = KVCacheShape.of(engine.spec.language, engine.stats().block_size, torch.bfloat16)
     cold, warm, cached, length = [], [], [], 0
     for _ in range(repeats):
@@ -116,20 +126,17 @@ def measure(engine: Engine, history: int, pictured: bool, repeats: int) -> Turn:
     kv_bytes = length * size.bytes_per_block // engine.stats().block_size
     return Turn(
         length, len(pictures), statistics.median(cold), statistics.median(warm), min(cached),
-        _read_s(kv_bytes),
+        _read_s(kv_bytes, device),
     )  # fmt: skip
 
 
-def _read_s(num_bytes: int) -> float:
+def _read_s(num_bytes: int, device: str) -> float:
     import torch
 
-    memory = torch.ones(num_bytes // 8, dtype=torch.int64)
-    passes = []
-    for _ in range(5):
-        start = time.monotonic()
-        memory.sum()
-        passes.append(time.monotonic() - start)
-    return min(passes)
+    from benchmarks.stopwatch import Stopwatch
+
+    memory = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
+    return Stopwatch(torch.device(device)).best(memory.sum, repeats=5)
 
 
 def goals_of(turns: Sequence[Turn]) -> list[Goal]:

@@ -79,6 +79,31 @@ def plot_lines(
     print(path)
 
 
+def plot_stacks(
+    path: Path, x_label: str, y_label: str, bars: Mapping[str, Mapping[str, float]]
+) -> None:
+    """A stacked bar for each entry, where matplotlib is installed.
+
+    Args:
+        bars: parts by name, by the bar's name. All bars have the same parts.
+    """
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    below = dict.fromkeys(bars, 0.0)
+    for part in next(iter(bars.values())):
+        heights = [own[part] for own in bars.values()]
+        axis.bar(list(bars), heights, bottom=list(below.values()), label=part)
+        below = {name: below[name] + own[part] for name, own in bars.items()}
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(path)
+
+
 def plot(results: Results, path: Path) -> None:
     """Speed, first token and time per token over the numbers of streams."""
     pyplot = _pyplot()

@@ -15,8 +15,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -37,17 +38,25 @@ class Worker:
         started: `time.monotonic()` at which its command was started.
     """
 
-    def __init__(self, way: Way, model_path: str, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        way: Way,
+        model_path: str,
+        max_num_seqs: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             way: "launcher" is `python -m deployments`, with TinyChat's flags; "serve run" has Ray's
                 own proxy, "make serve" the ingress that is chosen for it.
+            options: further ones of the application's; the launcher takes none.
         """
         self.way = way
         self.port = _free_port()
         self.started = 0.0
         self._model_path = str(Path(model_path).resolve())
         self._max_num_seqs = max_num_seqs
+        self._options = dict(options or {})
         self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="tcb", ignore_cleanup_errors=True)
@@ -107,7 +116,7 @@ class Worker:
         config["http_options"] = {"host": "127.0.0.1", "port": self.port}
         (application,) = config["applications"]
         application["args"] |= {
-            "model_path": self._model_path, "max_num_seqs": self._max_num_seqs,
+            "model_path": self._model_path, "max_num_seqs": self._max_num_seqs, **self._options,
         }  # fmt: skip
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -78,8 +78,7 @@ class AppConfig(BaseModel):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto",
-        description="Type of activations; auto: bfloat16, except for W16A16 on a GPU, which takes "
-        "the checkpoint's own.",
+        description="Type of activations; auto: bfloat16 on a CPU, the checkpoint's own on a GPU.",
     )
     num_threads: int | None = Field(
         None,

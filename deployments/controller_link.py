@@ -21,7 +21,7 @@ from ray import serve
 
 from deployments.controller_client import ControllerClient, ControllerUnavailable
 from deployments.load_board import ApplicationLoad, LoadBoard
-from deployments.pacing import within
+from deployments.pacing import Signal
 
 logger = logging.getLogger("ray.serve")
 
@@ -78,7 +78,7 @@ class ControllerLink:
         self._deployment_name = deployment_name
         self._client = ControllerClient(settings.controller_addr, settings.worker_addr)
         self._board = LoadBoard(SILENCE_S)
-        self._changed = asyncio.Event()
+        self._changed = Signal()
         self._registered_speed: int | None = None
         self._reachable: bool | None = None
         self._closing = False
@@ -160,7 +160,7 @@ class ControllerLink:
                     await asyncio.sleep(pause_s)
                     continue
             await asyncio.sleep(BEAT_INTERVAL_S)
-            await within(self._changed, max(0.0, pause_s - BEAT_INTERVAL_S))
+            await self._changed.within(max(0.0, pause_s - BEAT_INTERVAL_S))
             self._changed.clear()
 
     async def _can_answer(self) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from deployments.load_board import ApplicationLoad
-from deployments.pacing import within
+from deployments.pacing import Signal
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,7 +36,7 @@ class LoadReporter:
         self._others = 0
         self._replicas = 1
         self._answered_at = float("-inf")
-        self._changed = asyncio.Event()
+        self._changed = Signal()
         self._closing = False
         self._task = asyncio.create_task(self._run())
 
@@ -69,4 +69,4 @@ class LoadReporter:
                 self._replicas = max(1, reply.replicas)
                 self._answered_at = time.monotonic()
             await asyncio.sleep(LEAST_INTERVAL_S)
-            await within(self._changed, INTERVAL_S - LEAST_INTERVAL_S)
+            await self._changed.within(INTERVAL_S - LEAST_INTERVAL_S)

@@ -90,11 +90,7 @@ class ModelWorker:
         with self.door.enter():
             text = request.prompt if request.echo else ""
             is_empty = request.params.max_new_tokens == 0
-            updates = paced(
-                self._start(request),
-                min_interval_s=1 / self.config.max_records_per_s,
-                sign_of_life_s=self.config.sign_of_life_s,
-            )
+            updates = paced(self._start(request), sign_of_life_s=self.config.sign_of_life_s)
             del params, request  # megabytes of base64, not to be held until the answer's end
             async with aclosing(updates):
                 if not is_empty:

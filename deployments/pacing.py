@@ -1,7 +1,8 @@
-"""The engine's deltas, gathered into at most so many updates a second, with signs of life.
+"""The engine's deltas at the client's pace, with signs of life.
 
-One task reads the engine as fast as it delivers, whatever the client's pace; text that comes
-between two updates waits in one string. So a slow client costs memory for its own answer only.
+One task reads the engine as fast as it delivers; what comes while the client is still busy with the
+update before waits in one string. So a slow client costs memory for its own answer only. That it
+gets no more updates than it wants is the engine's work: see `min_interval_s` of `Engine.stream`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from models import GenerationDelta, TokenLogprobs, Usage
+from models import GenerationDelta, PromptToken, TokenLogprobs, Usage
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Update:
 
     Attributes:
         logprobs: of the tokens since the last one, where they were asked for.
-        stop_reason: as in GenerationDelta.
+        stop_reason, prompt_logprobs: as in GenerationDelta.
     """
 
     text: str
@@ -28,10 +29,47 @@ class Update:
     finish_reason: str | None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[PromptToken, ...] = ()
 
     @property
     def has_news(self) -> bool:
         return self.text != "" or self.finish_reason is not None
+
+
+class Signal:
+    """An event for one waiter, whose wait costs no task.
+
+    Not `asyncio.wait_for` and an `asyncio.Event`: until Python 3.12 that loses a cancellation that
+    comes together with the event, and the answer would go on for nobody.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._is_set = True
+        self._wake()
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def within(self, seconds: float) -> bool:
+        """Whether it was set in time."""
+        if not self._is_set:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(seconds, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        return self._is_set
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class _Gathered:
@@ -39,8 +77,8 @@ class _Gathered:
 
     def __init__(self) -> None:
         self.update = Update("", Usage(), None)
-        self.fresh = asyncio.Event()  # something to send, or nothing more will come
-        self.ended = asyncio.Event()  # nothing more will come
+        self.fresh = Signal()  # something to send, or nothing more will come
+        self.has_ended = False  # nothing more will come
 
     def add(self, delta: GenerationDelta) -> None:
         self.update.text += delta.text
@@ -48,8 +86,13 @@ class _Gathered:
         self.update.finish_reason = delta.finish_reason
         self.update.logprobs += delta.logprobs
         self.update.stop_reason = delta.stop_reason
+        self.update.prompt_logprobs += delta.prompt_logprobs
         if self.update.has_news:
             self.fresh.set()
+
+    def end(self) -> None:
+        self.has_ended = True
+        self.fresh.set()
 
     def take(self) -> Update:
         taken = self.update
@@ -59,12 +102,9 @@ class _Gathered:
 
 
 async def paced(
-    deltas: AsyncGenerator[GenerationDelta, None],
-    *,
-    min_interval_s: float,
-    sign_of_life_s: float,
+    deltas: AsyncGenerator[GenerationDelta, None], *, sign_of_life_s: float
 ) -> AsyncGenerator[Update, None]:
-    """Yields the first text at once, then an update at most every `min_interval_s` seconds.
+    """Yields what has come, as often as somebody asks for it and something has.
 
     While nothing comes, an empty update every `sign_of_life_s`. The last one carries the
     finish_reason. Closing it, or cancelling whoever iterates over it, closes `deltas`.
@@ -72,15 +112,14 @@ async def paced(
     gathered = _Gathered()
     reader = asyncio.create_task(_read(deltas, gathered))
     try:
-        while not gathered.ended.is_set():
-            if not await within(gathered.fresh, sign_of_life_s):
+        while not gathered.has_ended:
+            if not await gathered.fresh.within(sign_of_life_s):
                 yield Update("", gathered.update.usage, None)
             elif gathered.update.has_news:
                 update = gathered.take()
                 yield update
                 if update.finish_reason is not None:
                     break
-                await within(gathered.ended, min_interval_s)
         if gathered.update.has_news:
             yield gathered.take()
         await reader  # raises what ended it
@@ -95,19 +134,4 @@ async def _read(deltas: AsyncGenerator[GenerationDelta, None], gathered: _Gather
             async for delta in deltas:
                 gathered.add(delta)
     finally:
-        gathered.ended.set()
-        gathered.fresh.set()
-
-
-async def within(event: asyncio.Event, seconds: float) -> bool:
-    """Whether the event was set in time.
-
-    Not by `asyncio.wait_for`: until Python 3.12 it loses a cancellation that comes together with
-    the event, and the answer would go on for nobody.
-    """
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait([waiting], timeout=seconds)
-        return event.is_set()
-    finally:
-        waiting.cancel()
+        gathered.end()

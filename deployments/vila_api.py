@@ -3,6 +3,10 @@
 Its answers' content is a list of parts, its chunks have neither roles nor finish reasons, and its
 errors are one string. Its server answers every error with status 500, even those of a request;
 here the statuses are those of /v1, since OpenAI's clients repeat what has failed with 500.
+
+VILA's own client is OpenAI's package with a base address without /v1, so that a simple request may
+be meant either way, and gets VILA's answer. One that asks for what VILA's server does not know is
+OpenAI's, sent here by mistake, and gets the answer that it would get from /v1.
 """
 
 from __future__ import annotations
@@ -20,12 +24,17 @@ from deployments import fields
 from deployments.model_worker import ModelWorker
 from deployments.openai.errors import ErrorReply
 from deployments.openai.generation import Generation
-from deployments.openai.response import Attended, error_response, respond
+from deployments.openai.response import Attended, Describe, error_response, nested, respond
 from deployments.worker_api import read_params
 from models.errors import InvalidRequest
 
 DEFAULTS: dict[str, Any] = {"max_tokens": 512, "top_p": 0.9, "temperature": 0.2}
 TAKEN = ("messages", "stream", *DEFAULTS)
+ONLY_VILAS = ("num_beams", "use_cache")
+FIELDS = ("model", *TAKEN, *ONLY_VILAS)
+ROLES = ("user", "assistant")
+OPENAIS_HEADER = "x-stainless-lang"
+"""OpenAI's packages send it. Of an error that is one string they show only the status."""
 QUANTISED = ("-4bit-awq", "-awq")
 
 
@@ -36,21 +45,24 @@ def vila_routes(worker: ModelWorker) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """As VILA's own server answers."""
+        describe = nested if OPENAIS_HEADER in request.headers else _describe
         try:
             body = await read_params(request, worker)
         except Exception as error:
-            return error_response(error, _describe)
-        return Attended(lambda: _answer(worker, body))
+            return error_response(error, describe)
+        if _is_openais(body):
+            return Attended(lambda: respond(worker.openai.chat(body)))
+        return Attended(lambda: _answer(worker, body, describe))
 
     return router
 
 
-async def _answer(worker: ModelWorker, body: Any) -> Response:
+async def _answer(worker: ModelWorker, body: Any, describe: Describe) -> Response:
     try:
         taken = _openai_body(worker, body)
         model = body.get("model") or worker.model_name
     except Exception as error:
-        return error_response(error, _describe)
+        return error_response(error, describe)
     head = {"created": time.time(), "model": model}
 
     async def whole(generation: Generation) -> dict[str, Any]:
@@ -75,7 +87,19 @@ async def _answer(worker: ModelWorker, body: Any) -> Response:
                         "choices": [{"delta": {"content": text}}],
                     }  # fmt: skip
 
-    return await respond(worker.openai.chat(taken), whole, chunks, _describe)
+    return await respond(worker.openai.chat(taken), whole, chunks, describe)
+
+
+def _is_openais(body: Any) -> bool:
+    """Whether it has a field or a role that is unknown to VILA's server, and none of VILA's own."""
+    if not isinstance(body, dict) or any(name in body for name in ONLY_VILAS):
+        return False
+    if any(value is not None and name not in FIELDS for name, value in body.items()):
+        return True
+    messages = body.get("messages")
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("role") not in ROLES for message in messages
+    )
 
 
 def _openai_body(worker: ModelWorker, body: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from models.engine.guide import Guide as Guide
     from models.engine.messages import EngineStats as EngineStats
     from models.engine.messages import GenerationDelta as GenerationDelta
+    from models.engine.messages import PromptToken as PromptToken
     from models.engine.messages import TokenLogprobs as TokenLogprobs
     from models.engine.messages import Usage as Usage
     from models.engine.options import EngineOptions as EngineOptions
@@ -35,6 +36,7 @@ _HOME = {
     "GenerationDelta": "models.engine.messages",
     "Guide": "models.engine.guide",
     "Prompt": "models.engine.preparation",
+    "PromptToken": "models.engine.messages",
     "SamplingParams": "models.engine.sampling_params",
     "TokenLogprobs": "models.engine.messages",
     "Usage": "models.engine.messages",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from models.awq import select_backend
+from models.awq import backends_of, select_backend, warm_up_linears
 from models.checkpoints import Checkpoint, open_checkpoint
 from models.device_map import DeviceMap, choose_placement
 from models.engine.allocator import keep_freed_memory
@@ -26,7 +26,7 @@ from models.engine.options import EngineOptions
 from models.engine.preparation import RequestPreparer
 from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
-from models.engine.sizing import keeps_bf16_copy, resolve_sizes, threads_for
+from models.engine.sizing import GPU_STEP_TOKENS, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
 from models.language.attention_backends import ATTENTION_BACKENDS, attention_backend
 from models.language.kv_cache import KVCache, KVCacheShape
@@ -128,7 +128,7 @@ def load_core(
         device_map: "auto" (over several GPUs where the model does not fit one), "single" (never),
             or "balanced" (over all GPUs that are visible). CPUs have none.
         dtype: "auto", "float32" (exact; slow), "bfloat16" or "float16". Auto is bfloat16 on a CPU,
-            and for W4A16 on a GPU that has it; otherwise the checkpoint's own.
+            and the checkpoint's own on a GPU.
         num_threads: of the CPU; default: `cpus`, or fewer where the model's layers are too small
             to be shared out.
         cpus: cores to count on; default: all that this process may use.
@@ -167,6 +167,7 @@ def load_core(
     )
     shape = KVCacheShape.of(spec.language, options.block_size, kind)
     attention = attention_backend(target, options.attention_backend)
+    warm_up_linears(decoder, kind, options.max_num_batched_tokens or GPU_STEP_TOKENS)
     sizes = resolve_sizes(
         options, shape, context_length, decoder, vision, placement, tokenizer, attention
     )
@@ -208,7 +209,7 @@ def load_core(
         "precision": precision,
         "device": _device_names(placement),
         "dtype": str(kind).removeprefix("torch."),
-        "backend": backend if precision == "W4A16" else "torch",
+        "backend": backends_of(decoder),
         "attention": next(n for n in ATTENTION_BACKENDS if ATTENTION_BACKENDS[n] is attention),
         "cuda_graphs": "none" if graphs is None else f"up to {graphs.sizes[-1]} sequences",
         "threads": str(threads),
@@ -252,11 +253,8 @@ def _device(device: str) -> torch.device:
 
 def _dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     if dtype == "auto":
-        # torch's 4-bit products are fast in bfloat16, or have no other type at all.
-        if device.type == "cpu" or (
-            checkpoint.spec.precision == "W4A16" and torch.cuda.is_bf16_supported()
-        ):
-            return torch.bfloat16
+        if device.type == "cpu":
+            return torch.bfloat16  # the only 16-bit type that CPUs multiply fast
         stored = checkpoint.language.get("model.norm.weight").dtype
         return stored if stored in {torch.float16, torch.bfloat16} else torch.float16
     if dtype not in DTYPES:

@@ -39,3 +39,16 @@ def _one_compute_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: is skipped where there is no GPU (set by conftest.py)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever says that it needs a GPU is found by `-m gpu`."""
+    for item in items:
+        reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
+        if any("GPU" in reason and reason.startswith("needs") for reason in reasons):
+            item.add_marker("gpu")

@@ -13,4 +13,5 @@ without HTTP
     generation.py   one request's way through door, pictures, engine and pacing
     merging.py      several answers' updates as one sequence
     answer.py       completions and chunks as OpenAI's clients take them
+    prompt_logprobs.py, token_names.py   what answers say of tokens
 """

@@ -6,23 +6,14 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.openai.prompt_logprobs import by_token_id, offsets
+from deployments.openai.token_names import TokenNames, finite
 from deployments.pacing import Update
-from models import TokenLogprobs, Usage
-
-LEAST_LOGPROB = -9999.0
-"""JSON has no minus infinity; this is vLLM's."""
-
-
-@dataclass(frozen=True)
-class TokenNames:
-    """How tokens are written in answers."""
-
-    text: Callable[[int], str]
-    bytes: Callable[[int], bytes]
+from models import PromptToken, TokenLogprobs, Usage
 
 
 @dataclass
@@ -34,6 +25,7 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[PromptToken, ...] = ()
 
     def add(self, update: Update) -> None:
         self.text += update.text
@@ -41,6 +33,7 @@ class Choice:
         self.finish_reason = update.finish_reason
         self.stop_reason = update.stop_reason
         self.logprobs += update.logprobs
+        self.prompt_logprobs += update.prompt_logprobs
 
 
 class Answer(ABC):
@@ -50,14 +43,23 @@ class Answer(ABC):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, names: TokenNames, *, logprobs: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        names: TokenNames,
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> None:
         """
         Args:
             model: as the request names it.
-            logprobs: whether they were asked for.
+            logprobs: how many tokens were asked for beside each; None: no log-probabilities.
+            prompt_logprobs: the same of the prompt, in vLLM's form.
         """
         self._names = names
-        self._wants_logprobs = logprobs
+        self._logprobs_wanted = logprobs
+        self._prompt_logprobs_wanted = prompt_logprobs
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -83,6 +85,13 @@ class Answer(ABC):
         written = [self._choice(index, choice) for index, choice in enumerate(choices)]
         return {**self._head, "object": self.whole_object, "choices": written, "usage": used}
 
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        """vLLM's extra field, where it was asked for."""
+        wanted = self._prompt_logprobs_wanted
+        if wanted is None:
+            return {}
+        return {"prompt_logprobs": by_token_id(choice.prompt_logprobs, wanted, self._names)}
+
     @abstractmethod
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]: ...
 
@@ -107,6 +116,10 @@ class ChatAnswer(Answer):
             for index in range(num_choices)
         ]
 
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
+        """All choices have one prompt."""
+        return {**super().whole(choices, used), **self._of_prompt(choices[0])}
+
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         return {
             "index": index,
@@ -125,7 +138,7 @@ class ChatAnswer(Answer):
         return written
 
     def _logprobs(self, tokens: Iterable[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self._wants_logprobs:
+        if self._logprobs_wanted is None:
             return None
         return {
             "content": [
@@ -140,7 +153,7 @@ class ChatAnswer(Answer):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": self._names.text(token_id),
-            "logprob": max(logprob, LEAST_LOGPROB),
+            "logprob": finite(logprob),
             "bytes": list(self._names.bytes(token_id)),
         }
 
@@ -156,18 +169,27 @@ class CompletionAnswer(Answer):
     whole_object = chunk_object = "text_completion"
 
     def __init__(
-        self, model: str, names: TokenNames, *, logprobs: bool, echoed: Sequence[str] = ()
+        self,
+        model: str,
+        names: TokenNames,
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        echoed: Sequence[str] = (),
     ) -> None:
         """
         Args:
             echoed: each choice's prompt, where texts are to begin with it.
         """
-        super().__init__(model, names, logprobs=logprobs)
+        super().__init__(model, names, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
         self._echoed = echoed
         self._offsets: dict[int, int] = defaultdict(int)
 
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
-        """The prompts, where they are wanted."""
+        """The prompts, where they are wanted. Their log-probabilities come with the first token's,
+        and they with them."""
+        if self._logprobs_wanted is not None:
+            return []
         return [
             self._chunk([_text_choice(index, prompt)]) for index, prompt in enumerate(self._echoed)
         ]
@@ -176,35 +198,57 @@ class CompletionAnswer(Answer):
         prompt = self._echoed[index] if self._echoed else ""
         return {
             **_text_choice(index, prompt + choice.text),
-            "logprobs": self._logprobs(index, choice.logprobs),
+            "logprobs": self._logprobs(index, choice),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self._of_prompt(choice),
         }
 
     def _choice_chunk(self, index: int, update: Update) -> dict[str, Any]:
+        begins = self._echoed and update.prompt_logprobs
         return {
-            **_text_choice(index, update.text),
-            "logprobs": self._logprobs(index, update.logprobs),
+            **_text_choice(index, (self._echoed[index] if begins else "") + update.text),
+            "logprobs": self._logprobs(index, update),
             "finish_reason": update.finish_reason,
             "stop_reason": update.stop_reason,
         }
 
-    def _logprobs(self, index: int, tokens: Iterable[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self._wants_logprobs:
+    def _logprobs(self, index: int, part: Choice | Update) -> dict[str, Any] | None:
+        if self._logprobs_wanted is None:
             return None
         written: dict[str, list[Any]] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
         }  # fmt: skip
-        for token in tokens:
-            text = self._names.text(token.token_id)
-            own = max(token.logprob, LEAST_LOGPROB)
-            top = {self._names.text(i): max(logprob, LEAST_LOGPROB) for i, logprob in token.top}
-            written["tokens"].append(text)
-            written["token_logprobs"].append(own)
-            written["top_logprobs"].append({**top, text: own})
-            written["text_offset"].append(self._offsets[index])
+        if self._echoed and part.prompt_logprobs:
+            prompt = self._echoed[index]
+            starts = offsets(prompt, part.prompt_logprobs, self._names)
+            for known, start in zip(part.prompt_logprobs, starts, strict=True):
+                self._write(written, known, start)
+            self._offsets[index] = len(prompt)
+        for token in part.logprobs:
+            text = self._write(written, token, self._offsets[index])
             self._offsets[index] += len(text)
         return written
+
+    def _write(
+        self, written: dict[str, list[Any]], token: PromptToken | TokenLogprobs, offset: int
+    ) -> str:
+        """Returns the token's text."""
+        text = "" if token.token_id is None else self._names.text(token.token_id)
+        written["tokens"].append(text)
+        written["text_offset"].append(offset)
+        written["token_logprobs"].append(None if token.logprob is None else finite(token.logprob))
+        written["top_logprobs"].append(self._top(token, text))
+        return text
+
+    def _top(self, token: PromptToken | TokenLogprobs, text: str) -> dict[str, float] | None:
+        if token.logprob is None:
+            return None
+        pairs = [(self._names.text(i), value) for i, value in token.top[: self._logprobs_wanted]]
+        top: dict[str, float] = {}
+        for name, value in (*pairs, (text, token.logprob)):
+            top.setdefault(name, finite(value))  # of several that are written alike, the likeliest
+        return top
 
 
 def _text_choice(index: int, text: str) -> dict[str, Any]:

@@ -84,7 +84,10 @@ class Generation:
             async for index, update in updates:
                 choices[index].add(update)
         used = usage_of([choice.usage for choice in choices], self.options.n)
-        return self._answer.whole(choices, used)
+        if self.options.params.prompt_logprobs is None:
+            return self._answer.whole(choices, used)
+        # Thousands of tokens, each with others beside it.
+        return await asyncio.to_thread(self._answer.whole, choices, used)
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         """The answer in pieces; None is a sign of life.
@@ -171,7 +174,7 @@ class Generation:
             min_interval_s=interval_s,
         )
         deltas = current_entry().watched(deltas, counts_prompt=index % self.options.n == 0)
-        return paced(deltas, min_interval_s=interval_s, sign_of_life_s=config.sign_of_life_s)
+        return paced(deltas, sign_of_life_s=config.sign_of_life_s)
 
     def _params(self, number: int) -> SamplingParams:
         """Of a prompt's choice: each has a seed of its own, or all would be the same."""

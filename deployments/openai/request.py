@@ -15,6 +15,7 @@ from deployments import fields
 from deployments.openai.messages import Chat, parse_messages
 from deployments.openai.sampling import parse_sampling
 from models import SamplingParams
+from models.engine.sampling_params import MAX_LOGPROBS
 from models.errors import InvalidRequest
 from models.prompts.tokenizer import IMAGE_PLACEHOLDER
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions, and vLLM's."""
-MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Options:
         model: as the request names it; "" where it names none.
         guide_field: the field that `params.guide` comes from.
         n: answers to each prompt.
+        prompt_logprobs: so many of the likeliest tokens of each position of the prompt does the
+            answer name; `params.prompt_logprobs` may be more, to be echoed.
         include_usage: a streamed answer's last chunk holds the usage.
         continuous_usage: and so does each other chunk.
     """
@@ -57,6 +59,7 @@ class Options:
     params: SamplingParams
     guide_field: str = ""
     n: int = 1
+    prompt_logprobs: int | None = None
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -101,7 +104,7 @@ class CompletionRequest:
     """
     Attributes:
         prompts: finished ones, as texts or as token ids; each is answered by itself.
-        echo: whether texts begin with their prompts.
+        echo: whether texts begin with their prompts, and log-probabilities with those of them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -122,11 +125,7 @@ class CompletionRequest:
         logprobs = body.get("logprobs")
         if logprobs is not None:
             logprobs = fields.integer("logprobs", logprobs)
-            if echo:
-                raise InvalidRequest(
-                    "echo", "cannot be combined with logprobs; those of prompts are not computed"
-                )
-        options = _options(body, limits, max_tokens, logprobs)
+        options = _options(body, limits, max_tokens, logprobs, echoed=logprobs if echo else None)
         if options.n * len(prompts) > limits.max_choices:
             raise InvalidRequest(
                 "prompt",
@@ -164,10 +163,17 @@ def _prompt(value: object) -> Prompt:
 
 
 def _options(
-    body: Mapping[str, Any], limits: OpenAILimits, max_tokens: int, logprobs: int | None
+    body: Mapping[str, Any],
+    limits: OpenAILimits,
+    max_tokens: int,
+    logprobs: int | None,
+    echoed: int | None = None,
 ) -> Options:
+    """
+    Args:
+        echoed: `logprobs`, where the prompt's are wanted, too.
+    """
     _refuse(body, "use_beam_search", "is not supported; leave it out")
-    _refuse(body, "prompt_logprobs", "is not supported; leave it out")
     model = body.get("model")
     n = 1 if body.get("n") is None else fields.integer("n", body["n"])
     if not 1 <= n <= limits.max_choices:
@@ -176,12 +182,21 @@ def _options(
         raise InvalidRequest("best_of", "is not supported; use n alone")
     stream = body.get("stream") is not None and fields.boolean("stream", body["stream"])
     usage, continuous = _stream_options(body.get("stream_options"), stream)
-    params, guide_field = parse_sampling(body, max_tokens=max_tokens, logprobs=logprobs)
+    prompt_logprobs = body.get("prompt_logprobs")
+    if prompt_logprobs is not None:
+        prompt_logprobs = _number_of_top("prompt_logprobs", prompt_logprobs)
+        if stream:
+            raise InvalidRequest("prompt_logprobs", "are for whole answers only; do not stream")
+    scored = [number for number in (prompt_logprobs, echoed) if number is not None]
+    params, guide_field = parse_sampling(
+        body, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=max(scored, default=None)
+    )
     return Options(
         model="" if model is None else fields.text("model", model),
         params=params,
         guide_field=guide_field,
         n=n,
+        prompt_logprobs=prompt_logprobs,
         stream=stream,
         include_usage=usage,
         continuous_usage=continuous,
@@ -218,14 +233,17 @@ def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
     top = body.get("top_logprobs")
     wanted = body.get("logprobs") is not None and fields.boolean("logprobs", body["logprobs"])
     if top is not None:
-        top = fields.integer("top_logprobs", top)
-        if not 0 <= top <= MAX_TOP_LOGPROBS:
-            raise InvalidRequest(
-                "top_logprobs", f"{top} is out of range; it must be 0 to {MAX_TOP_LOGPROBS}"
-            )
+        top = _number_of_top("top_logprobs", top)
         if top and not wanted:
             raise InvalidRequest("top_logprobs", "needs logprobs to be true")
     return (top or 0) if wanted else None
+
+
+def _number_of_top(field: str, value: object) -> int:
+    number = fields.integer(field, value)
+    if not 0 <= number <= MAX_LOGPROBS:
+        raise InvalidRequest(field, f"{number} is out of range; it must be 0 to {MAX_LOGPROBS}")
+    return number
 
 
 def _refuse_tools(body: Mapping[str, Any]) -> None:

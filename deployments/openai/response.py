@@ -71,7 +71,10 @@ async def respond(
     try:
         generation = await prepare
         if not generation.options.stream:
-            return JSONResponse(await whole(generation))
+            answer = await whole(generation)
+            if generation.options.params.prompt_logprobs is None:
+                return JSONResponse(answer)
+            return await asyncio.to_thread(JSONResponse, answer)  # megabytes, perhaps
         events = _events(chunks(generation), describe)
         first = await anext(events)
     except Exception as error:

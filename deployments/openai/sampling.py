@@ -25,13 +25,13 @@ NO_GUIDE = (None, False)
 
 
 def parse_sampling(
-    body: Mapping[str, Any], *, max_tokens: int, logprobs: int | None
+    body: Mapping[str, Any], *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
 ) -> tuple[SamplingParams, str]:
     """The parameters, and the field that the answer's form comes from, "" where it is free.
 
     Args:
         max_tokens: already checked.
-        logprobs: already checked; the two endpoints ask for them in different ways.
+        logprobs, prompt_logprobs: the two endpoints ask for them in different ways.
 
     Raises:
         InvalidRequest: a field is wrong.
@@ -49,6 +49,7 @@ def parse_sampling(
     params = SamplingParams(
         max_new_tokens=max_tokens,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         stop=_stop(body.get("stop")),
         stop_token_ids=_stop_token_ids(body.get("stop_token_ids")),
         logit_bias=_logit_bias(body.get("logit_bias")),

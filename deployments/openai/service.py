@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments import fields
@@ -13,11 +14,12 @@ from deployments.door import Door
 from deployments.image_fetcher import ImageFetcher
 from deployments.media import ImageLimits
 from deployments.model_source import AWQ_SUFFIX
-from deployments.openai.answer import ChatAnswer, CompletionAnswer, TokenNames
+from deployments.openai.answer import ChatAnswer, CompletionAnswer
 from deployments.openai.errors import UnknownModel
 from deployments.openai.generation import Backend, Generation
 from deployments.openai.messages import parse_messages
 from deployments.openai.request import ChatRequest, CompletionRequest, OpenAILimits
+from deployments.openai.token_names import TokenNames
 from models.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ class OpenAIService:
         answer = ChatAnswer(
             options.model or self.model_name,
             self._names,
-            logprobs=options.params.logprobs is not None,
+            logprobs=options.params.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
         )
         return Generation(
             self._backend, options, answer, [prompt], request.chat.pictures, template.stop_strings
@@ -88,7 +91,8 @@ class OpenAIService:
         answer = CompletionAnswer(
             options.model or self.model_name,
             self._names,
-            logprobs=options.params.logprobs is not None,
+            logprobs=options.params.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
             echoed=[text for text in echoed for _ in range(options.n)],
         )
         return Generation(self._backend, options, answer, prompts)
@@ -206,7 +210,8 @@ class OpenAIService:
 
     @property
     def _names(self) -> TokenNames:
-        return TokenNames(self._engine.token_text, self._engine.token_bytes)
+        # For one request, which may name the same tokens thousands of times.
+        return TokenNames(cache(self._engine.token_text), cache(self._engine.token_bytes))
 
 
 async def _off_loop(work: Callable[[], T]) -> T:

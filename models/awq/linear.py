@@ -7,8 +7,9 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from models.awq.backends import BACKENDS
+from models.awq.backends import BACKENDS, CHOICE
 from models.awq.backends.base import Backend, BackendMismatch, Packed, Shape
+from models.awq.backends.cuda import choose
 from models.awq.quantized_weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -20,19 +21,21 @@ class W4A16Linear(nn.Module):
 
     Attributes:
         backend: the name of the backend that computes it, which is not the one that was asked
-            for where that one cannot.
+            for where that one cannot, or where the choice was left to the layer.
     """
 
     bias: Tensor | None
 
-    def __init__(self, backend: str, shape: Shape, packed: Packed, bias: Tensor | None) -> None:
+    def __init__(
+        self, name: str, backend: Backend, shape: Shape, packed: Packed, bias: Tensor | None
+    ) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend = name
         self.shape = shape
-        self._backend: Backend = BACKENDS[backend]
-        self._buffer_names = {name: f"packed_{name}" for name in packed}
-        for name, value in packed.items():
-            self.register_buffer(f"packed_{name}", value)
+        self._backend = backend
+        self._buffer_names = {key: f"packed_{key}" for key in packed}
+        for key, value in packed.items():
+            self.register_buffer(f"packed_{key}", value)
         self.register_buffer("bias", bias)
 
     @classmethod
@@ -50,15 +53,17 @@ class W4A16Linear(nn.Module):
             weight: (N, K).
             bias: (N,), or None.
             backend: see `models.awq.backends`. One that cannot do this layer is replaced by the
-                reference, with a warning once for each reason.
+                reference, with a warning once for each reason. `CHOICE` stands for whichever is
+                fastest, which is measured where it is not known.
             dtype: of the activations.
 
         Raises:
             ConfigurationError: there is no backend of that name.
         """
         shape = Shape.of(weight)
-        name, packed = _pack(backend, shape, weight, device, dtype)
-        return cls(name, shape, packed, None if bias is None else bias.to(device, dtype))
+        name, chosen, packed = _pack(backend, shape, weight, device, dtype)
+        bias = None if bias is None else bias.to(device, dtype)
+        return cls(name, chosen, shape, packed, bias)
 
     @property
     def in_features(self) -> int:
@@ -67,6 +72,11 @@ class W4A16Linear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.shape.out_features
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return next(self.buffers()).device
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
@@ -82,24 +92,28 @@ class W4A16Linear(nn.Module):
 
 
 def _pack(
-    name: str,
+    wanted: str,
     shape: Shape,
     weight: QuantizedWeight,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[str, Packed]:
-    backend = BACKENDS[name]
-    problem = backend.unsupported(shape, device, dtype)
-    if problem is None:
-        try:
-            return name, backend.pack(weight, device, dtype)
-        except BackendMismatch as mismatch:
-            problem = str(mismatch)
-    if f"{name}: {problem}" not in _warned:
-        _warned.add(f"{name}: {problem}")
-        logger.warning(
-            "the %s backend cannot do a layer (%s); the slower reference backend does it",
-            name,
-            problem,
-        )
-    return "reference", BACKENDS["reference"].pack(weight, device, dtype)
+) -> tuple[str, Backend, Packed]:
+    """(name, backend, buffers) of the first that can do the layer."""
+    if wanted == CHOICE:
+        alternatives = choose(shape, device, dtype)
+    else:
+        alternatives = [(wanted, BACKENDS[wanted])]
+    for name, backend in alternatives:
+        problem = backend.unsupported(shape, device, dtype)
+        if problem is None:
+            try:
+                return name, backend, backend.pack(weight, device, dtype)
+            except BackendMismatch as mismatch:
+                problem = str(mismatch)
+        if f"{name}: {problem}" not in _warned:
+            _warned.add(f"{name}: {problem}")
+            logger.warning(
+                "the %s backend cannot do a layer (%s); a slower one does it", name, problem
+            )
+    reference = BACKENDS["reference"]
+    return "reference", reference, reference.pack(weight, device, dtype)

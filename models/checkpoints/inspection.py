@@ -83,7 +83,7 @@ def inspect_checkpoint(
     vision = vision_skeleton(checkpoint, torch.float16)
     decoder = decoder_skeleton(checkpoint, torch.float16)
     grouping = group_size(checkpoint.language)
-    dtype = _activations(device)
+    dtype = _activations(device, checkpoint)
     copies = keeps_bf16_copy(EngineOptions(), spec.language)
     backend = "torch"
     if spec.precision == "W4A16":
@@ -160,11 +160,12 @@ def _open(
     raise CheckpointError("; ".join(f"as {name}: {text}" for name, text in problems.items()))
 
 
-def _activations(device: str) -> torch.dtype:
+def _activations(device: str, checkpoint: Checkpoint) -> torch.dtype:
     """`load_engine`'s dtype: auto."""
-    if device == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
+    if device == "cpu":
+        return torch.bfloat16
+    stored = checkpoint.language.get("model.norm.weight").dtype
+    return stored if stored in {torch.float16, torch.bfloat16} else torch.float16
 
 
 def _language(spec: ModelSpec) -> Section:

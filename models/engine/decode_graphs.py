@@ -60,11 +60,12 @@ class DecodeGraphs:
         return sorted(self._graphs)
 
     def can_run(self, batch: Batch) -> bool:
-        """Whether it is one token of each sequence, none of them a picture's."""
+        """Whether it is one token of each sequence, none of them a picture's or to be scored."""
         return len(batch.chunks) <= len(self._previous) and all(
             chunk.samples
             and chunk.end - chunk.start == 1
             and all(span.end <= chunk.start for span in chunk.seq.images)
+            and (chunk.start > 0 or chunk.seq.params.prompt_logprobs is None)
             for chunk in batch.chunks
         )
 

@@ -2,7 +2,7 @@
 
 prepare() in a pool ──GenerationRequest──┐
 cancel / abort() ─────────────Abort──────┴─> host, where the steps run
-iterator <── mailbox <── GenerationDelta ─── _deliver: one wake-up per event loop and step
+iterator <── mailbox <── GenerationDelta ─── _deliver: one wake-up per event loop and message
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ class Engine:
             images: or a function that returns them, decoded or not. It is called, as everything
                 that is slow about a request is done, in one of the engine's own threads.
             queue_timeout_s: how long it may wait for its turn.
-            min_interval_s: between two deltas; what comes faster is merged. Whoever wants only so
-                many a second should say so here: each delta costs the event loop a wake-up.
+            min_interval_s: between two deltas, on average; what comes faster is merged where it
+                arises. Whoever wants only so many a second should say so here: each delta costs a
+                message and a wake-up of the event loop.
 
         Raises:
             InvalidRequest: before anything was queued.
@@ -165,21 +166,22 @@ class Engine:
         del images  # decoded, they may be large; they are not to be held until the answer's end
         request = await loop.run_in_executor(self._pool, prepare)
         del prepare
-        if params.max_new_tokens == 0:
+        if params.needs_nothing:
             yield _nothing_to_generate(request)
             return
         mailbox = Mailbox(loop)
-        self._submit(request, mailbox)
+        self._submit(replace(request, min_interval_s=min_interval_s), mailbox)
+        request_id = request.request_id
+        del request  # with its pictures, as the engine takes them
         finished = False
         try:
             while not finished:
                 delta = await mailbox.take()
                 finished = delta.finish_reason is not None
                 yield _or_raise(delta)
-                await mailbox.rest(min_interval_s)
         finally:
             if not finished:
-                self.abort(request.request_id)
+                self.abort(request_id)
 
     def generate(
         self,
@@ -191,7 +193,7 @@ class Engine:
     ) -> Iterator[GenerationDelta]:
         """`stream` for callers without an event loop; blocks between deltas."""
         request = self._preparer.prepare(prompt, images, params, request_id=request_id)
-        if params.max_new_tokens == 0:
+        if params.needs_nothing:
             yield _nothing_to_generate(request)
             return
         deltas: queue.SimpleQueue[GenerationDelta] = queue.SimpleQueue()
@@ -218,7 +220,7 @@ class Engine:
         try:
             for index, (prompt, images) in enumerate(prompts):
                 request = self._preparer.prepare(prompt, images, params)
-                if params.max_new_tokens > 0:
+                if not params.needs_nothing:
                     index_of[request.request_id] = index
                     self._submit(request, deltas)
             while index_of:
@@ -281,7 +283,7 @@ class Engine:
         self._host.post(request)
 
     def _deliver(self, deltas: list[GenerationDelta]) -> None:
-        """Hands each delta to its request's reader; at most one wake-up per event loop and step."""
+        """Hands each delta to its request's reader; at most one wake-up per event loop."""
         to_wake: dict[asyncio.AbstractEventLoop, list[Mailbox]] = defaultdict(list)
         for delta in deltas:
             ended = delta.finish_reason is not None

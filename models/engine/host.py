@@ -4,7 +4,7 @@ callers (any thread, any event loop)             host
 ------------------------------------             ----
 Engine._submit ──GenerationRequest──┐
 Engine.abort ──────────Abort────────┴─> post ──> EngineLoop: core.add, core.abort, core.step
-Engine._deliver <──────GenerationDelta───────────  deliver, in a thread of the host
+Engine._deliver <──────GenerationDelta───────────  Outbox: deliver, in a thread of the host
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EngineHost(ABC):
     def start(self, deliver: Deliver, stopped: Stopped) -> None:
         """
         Args:
-            deliver: takes each step's deltas, in a thread of the host.
+            deliver: takes the deltas that are due after a step, in a thread of the host.
             stopped: called there once, last of all, with the reason.
         """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
@@ -12,6 +13,7 @@ import torch
 
 from models.engine.core import EngineCore
 from models.engine.messages import Abort, GenerationDelta, GenerationRequest
+from models.engine.outbox import Outbox
 from models.errors import EngineDead
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class EngineLoop:
         self.core = core
         self._num_threads = num_threads
         self._inbox: deque[GenerationRequest | Abort] = deque()
+        self._outbox = Outbox()
         self._wake = threading.Event()
         self._closing = False
 
@@ -51,18 +54,23 @@ class EngineLoop:
 
         Args:
             deliver: called after each step and each look into the inbox that changed something,
-                even if no request gained anything by it.
+                even if there is nothing to deliver.
         """
+
+        def post(deltas: list[GenerationDelta]) -> None:
+            deliver(self._outbox.post(deltas, time.monotonic()))
+
         torch.set_num_threads(self._num_threads)
         stopped = EngineDead("the engine has been closed")
         try:
-            self._run(deliver)
+            self._run(post)
         except BaseException as error:
             logger.exception("the engine's thread has died")
             stopped = EngineDead(f"the engine has died of {type(error).__name__}")
         scheduler = self.core.scheduler
         for seq in (*scheduler.running, *scheduler.waiting):
             scheduler.finish(seq, "error", error=stopped)
+        deliver(self._outbox.flush())
         return stopped
 
     def _run(self, deliver: Deliver) -> None:
@@ -94,5 +102,6 @@ class EngineLoop:
             if isinstance(message, Abort):
                 deltas += self.core.abort(message.request_id)
             else:
+                self._outbox.open(message.request_id, message.min_interval_s)
                 self.core.add(message, self._wake.set)
         return deltas

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from models.engine.messages import GenerationDelta
+from models.engine.outbox import merged
 
 
 class Mailbox:
@@ -21,7 +22,6 @@ class Mailbox:
         self.loop = loop
         self._deltas: deque[GenerationDelta] = deque()
         self._is_awaited = False
-        self._has_ended = False
         self._bell = asyncio.Event()
 
     # ---- the engine's thread ------------------------------------------------------------------
@@ -30,9 +30,6 @@ class Mailbox:
         """Whether the loop must be woken for it, by `ring`."""
         # In this order, and the reader's the other way round, so that one of both sees the other.
         self._deltas.append(delta)
-        if delta.finish_reason is not None:
-            self._has_ended = True
-            return True
         return self._is_awaited
 
     # ---- the event loop -----------------------------------------------------------------------
@@ -52,35 +49,6 @@ class Mailbox:
         while taken[0].error is None and self._deltas and self._deltas[0].error is None:
             taken.append(self._deltas.popleft())
         return merged(taken)
-
-    async def rest(self, seconds: float) -> None:
-        """Lets deltas gather for so long, or until the last one has come."""
-        if seconds > 0 and not self._has_ended:
-            self._bell.clear()
-            if not self._has_ended:
-                waiting = asyncio.create_task(self._bell.wait())
-                try:
-                    await asyncio.wait([waiting], timeout=seconds)
-                finally:
-                    waiting.cancel()
-
-
-def merged(deltas: Sequence[GenerationDelta]) -> GenerationDelta:
-    """Successive deltas of one request as one."""
-    last = deltas[-1]
-    if len(deltas) == 1:
-        return last
-    return GenerationDelta(
-        last.request_id,
-        "".join(delta.text for delta in deltas),
-        tuple(token for delta in deltas for token in delta.token_ids),
-        last.finish_reason,
-        last.usage,
-        last.error,
-        tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
-        last.stop_reason,
-        next((delta.timing for delta in reversed(deltas) if delta.timing is not None), None),
-    )
 
 
 def ring_all(mailboxes: Iterable[Mailbox]) -> None:

@@ -41,6 +41,7 @@ class GenerationRequest:
         images: the spans, in order, not overlapping.
         deadline: `time.monotonic()` by which it must have left the waiting line, or None.
         arrived_at: `time.monotonic()` at which it was asked for, unprepared.
+        min_interval_s: how often deltas are wanted at most; see `Outbox`. 0 is one for each step.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class GenerationRequest:
     params: SamplingParams
     deadline: float | None = None
     arrived_at: float = field(default_factory=time.monotonic)
+    min_interval_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,25 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class PromptToken:
+    """One position of a prompt, and how likely its token was after those before it.
+
+    Attributes:
+        token_id: None inside of a picture.
+        logprob: None for the first position, too, which comes after nothing.
+        rank: 1 for the likeliest token, and so on; None where `logprob` is.
+        top: as in TokenLogprobs.
+    """
+
+    token_id: int | None = None
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerationDelta:
-    """What one request gained in one step.
+    """What one request gained in one step, or in several.
 
     Attributes:
         text: the new text; all deltas' texts joined are the answer, and none is ever taken back.
@@ -128,6 +147,8 @@ class GenerationDelta:
         stop_reason: the request's stop string, or the one of its `stop_token_ids`, that ended the
             answer; None where the model's own end did.
         timing: in the delta with the first token, and in the last one.
+        prompt_logprobs: of all positions of the prompt, where the request asked for them; in the
+            delta with the first token, or in the only one.
     """
 
     request_id: str
@@ -139,6 +160,7 @@ class GenerationDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     stop_reason: str | int | None = None
     timing: Timing | None = None
+    prompt_logprobs: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True)

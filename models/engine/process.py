@@ -8,7 +8,7 @@ this process                            child (`python -m models.engine.child DE
 ProcessHost(arguments) ── arguments ──> load_core(**arguments)
               ready <──── Ready ─────── or the exception that it raised
 post ─> writer ──── GenerationRequest, Abort, Close ──> reader ─> EngineLoop.post
-deliver <─ reader <── Step (deltas, stats) ──────────── EngineLoop.run
+deliver <─ reader <── Step (deltas, stats) ──────────── EngineLoop.run, Reports
 stopped <─ reader <── Ended (reason, stats) ─────────── its end
 
 Either side ends when the other one does, which it learns from its closed socket.

@@ -10,6 +10,7 @@ from models.engine.decode_graphs import DecodeGraphs
 from models.engine.image_cache import ImageEmbeddingCache
 from models.engine.in_flight import InFlight
 from models.engine.input_tokens import KNOWN, InputTokens, spans_of
+from models.engine.prompt_scores import score_prompts
 from models.engine.scheduler import Batch, Chunk
 from models.language.attention import AttentionBatch
 from models.language.attention_backends import StepLayout
@@ -53,6 +54,7 @@ class ModelRunner:
             return self.graphs.run(batch, in_flight)
         layout = self.attention.build(spans_of(batch), self.cache.shape, self.device)
         hidden = self.decoder(self._embed(batch.chunks, in_flight), self.cache, layout)
+        score_prompts(batch.chunks, hidden, self.decoder.logits)
         return self.decoder.logits(hidden[_sampling_rows(batch.chunks, hidden.device)])
 
     def _embed(self, chunks: list[Chunk], in_flight: InFlight | None) -> Tensor:

@@ -50,6 +50,9 @@ class SamplingParams:
         logprobs: None, or that many of the likeliest tokens come with every token's
             log-probability; 0 to 20. They are the model's own, before penalties, biases and
             temperature, but among the tokens that `guide` allows; so are vLLM's by default.
+        prompt_logprobs: the same for the tokens of the prompt, unguided; all of it is then
+            computed, whatever the prefix cache holds. With `max_new_tokens` of 0 that is all that
+            is done.
         guide: the form that the answer must have.
     """
 
@@ -68,6 +71,7 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +88,12 @@ class SamplingParams:
             raise InvalidRequest(
                 "min_tokens", f"{self.min_tokens} is more than the {self.max_new_tokens} at most"
             )
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, f"an integer from 0 to {MAX_LOGPROBS}")
-            if self.logprobs > MAX_LOGPROBS:
-                raise InvalidRequest("logprobs", f"{self.logprobs}; at most {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, 0, f"an integer from 0 to {MAX_LOGPROBS}")
+                if value > MAX_LOGPROBS:
+                    raise InvalidRequest(name, f"{value}; at most {MAX_LOGPROBS}")
         if self.guide is not None and not isinstance(self.guide, Guide):
             raise InvalidRequest("guide", f"{self.guide!r:.80} is not a Guide")
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
@@ -105,6 +111,11 @@ class SamplingParams:
         """`logit_bias` as it is kept."""
         assert isinstance(self.logit_bias, tuple)
         return self.logit_bias
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.max_new_tokens == 0 and self.prompt_logprobs is None
 
     @property
     def greedy(self) -> bool:

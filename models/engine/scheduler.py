@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isnan
 from typing import NamedTuple
 
 from models.engine.block_pool import BlockPool
@@ -206,7 +207,7 @@ class Scheduler:
         if oldest is not None:
             self.token_gaps.add(now - oldest)
         return [
-            self._append(seq, token, logprobs, now)
+            self._book(seq, token, logprobs, now)
             for seq, token, logprobs in zip(sampled, *samples, strict=True)
             if not seq.ended
         ]
@@ -256,7 +257,7 @@ class Scheduler:
         """
         if not coming:
             return False
-        last = len(seq.token_ids) - 1
+        last = seq.num_sparable
         index = known = len(self.pool.match(seq.prefix, seq.token_ids, last))
         while index < last // self.pool.block_size:
             if seq.prefix.block(index, seq.token_ids)[0] not in coming:
@@ -269,8 +270,7 @@ class Scheduler:
         """Moves a waiting sequence to the running ones if slot and blocks are there."""
         if not self._has_slot:
             return False
-        # The last token is computed in any case, since its logits choose the next one.
-        matched = self.pool.match(seq.prefix, seq.token_ids, len(seq.token_ids) - 1)
+        matched = self.pool.match(seq.prefix, seq.token_ids, seq.num_sparable)
         num_new = self.pool.blocks_for(len(seq.token_ids)) - len(matched)
         if not self.pool.can_allocate(num_new, matched):
             return False
@@ -318,11 +318,25 @@ class Scheduler:
             self.pool.remember(seq.block_table[index], *seq.prefix.block(index, seq.token_ids))
             seq.num_known_blocks = index + 1
 
+    def _book(
+        self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> GenerationDelta:
+        """One sampled token, and before the first one the prompt's."""
+        seq.land()
+        scores = seq.take_scores()
+        if any(score.logprob is not None and isnan(score.logprob) for score in scores):
+            token = INVALID_TOKEN
+        if token != INVALID_TOKEN and seq.params.max_new_tokens == 0:
+            self.num_prompt_tokens += seq.num_prompt_tokens
+            delta = self.finish(seq, "length")
+        else:
+            delta = self._append(seq, token, logprobs, now)
+        return replace(delta, prompt_logprobs=scores) if scores else delta
+
     def _append(
         self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
     ) -> GenerationDelta:
         """Books one sampled token: its text, and whether it ends the answer."""
-        seq.land()
         matcher = seq.matcher
         if matcher is not None and token != INVALID_TOKEN:
             matcher.advance(token)

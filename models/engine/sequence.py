@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from models.engine.block_pool import Prefix
-from models.engine.messages import GenerationRequest, Timing, Usage
+from models.engine.messages import GenerationRequest, PromptToken, Timing, Usage
 from models.engine.output_text import Decodes, OutputText
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Sequence:
         self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         self.image_embeddings: dict[int, Tensor] = {}
         """Projected embeddings by index of `images`, held while the prefill still needs them."""
+        self.num_scored = 0
+        """Of the prompt's tokens, how many have been found how likely, where that is asked for."""
+        self._scores: list[PromptToken] = []
         self.guide: Future[Matcher] | None = None
         """What the answer must follow, once it has been compiled; until then it waits."""
         self.arrived_at = request.arrived_at
@@ -81,6 +84,15 @@ class Sequence:
     def has_last_in_flight(self) -> bool:
         """Whether it may have no token after the one that is being sampled."""
         return self.in_flight and len(self.token_ids) >= self.max_len
+
+    @property
+    def num_sparable(self) -> int:
+        """How many tokens from the first one on need not be computed if the cache holds them. The
+        last one's logits choose the next token, and the one before tells how likely a token was.
+        """
+        if self.params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens:
+            return max(0, self.num_scored - 1)
+        return len(self.token_ids) - 1
 
     @property
     def is_ready(self) -> bool:
@@ -113,6 +125,15 @@ class Sequence:
         if self.in_flight:
             self.token_ids.pop()
             self.in_flight = False
+
+    def add_scores(self, scores: list[PromptToken]) -> None:
+        self._scores += scores
+        self.num_scored += len(scores)
+
+    def take_scores(self) -> tuple[PromptToken, ...]:
+        """What has been added since the last time."""
+        taken, self._scores = tuple(self._scores), []
+        return taken
 
     def forget_computed(self) -> None:
         """Back to nothing computed: its blocks have been given back."""

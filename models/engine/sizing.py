@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 from models.engine.messages import GenerationRequest
 from models.engine.options import EngineOptions
 from models.engine.output_text import Decodes
+from models.engine.prompt_scores import ROWS_AT_A_TIME, scores_of
 from models.engine.sampler import Sampler
-from models.engine.sampling_params import SamplingParams
+from models.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import ConfigurationError
 from models.language.attention import Span
@@ -29,6 +30,8 @@ from models.vision import VisionEncoder
 CPU_MEMORY_SHARE = 0.25
 """Of the memory that is free at start, for the KV cache; and as much for a copy of the weights. The
 rest is the weights themselves, their page cache, and other people's."""
+
+GPU_STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 
 COSTLIEST = SamplingParams(
     temperature=1.0, top_p=0.5, top_k=10, min_p=0.1, logprobs=1, logit_bias={0: 1.0},
@@ -70,7 +73,9 @@ def resolve_sizes(
     """
     on_gpu = placement.embedding.type == "cuda"
     max_num_seqs = options.max_num_seqs or (64 if on_gpu else 8)
-    max_num_batched_tokens = options.max_num_batched_tokens or (2048 if on_gpu else 512)
+    max_num_batched_tokens = options.max_num_batched_tokens or (
+        GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
+    )
     blocks_per_seq = -(-context_length // shape.block_size)
     if options.kv_cache_bytes is not None:
         num_blocks = options.kv_cache_bytes // shape.bytes_per_block
@@ -171,6 +176,8 @@ def _profile(
     embeddings = decoder.embed(token_ids)
     vision.profile(num_images=-(-num_tokens // vision.num_tokens_per_tile))
     hidden = decoder(embeddings, cache, layout)
+    prompt = hidden[:ROWS_AT_A_TIME]
+    scores_of(decoder.logits(prompt), [0] * len(prompt), MAX_LOGPROBS)
     rows = torch.arange(num_rows, device=hidden.device) % num_tokens
     request = GenerationRequest("profile", [0], (), COSTLIEST)
     seq = Sequence(request, tokenizer, shape.block_size, context_length)

@@ -28,6 +28,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Step:
+    """What is due after a step. Not every step has one."""
+
     deltas: list[GenerationDelta]
     stats: EngineStats
 

@@ -178,6 +178,40 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert spelled.strip() == (answer.choices[0].message.content or "").strip()
 
 
+def test_logprobs_of_prompts(client: openai.OpenAI) -> None:
+    """As lm-evaluation-harness asks for log-likelihoods, and as vLLM has them."""
+    prompt = "USER: Hello ASSISTANT:"
+    (choice,) = client.completions.create(
+        model=MODEL, prompt=prompt, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
+    ).choices
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert logprobs.text_offset and logprobs.token_logprobs and logprobs.top_logprobs
+    assert choice.text.startswith(prompt)
+    ends = [*logprobs.text_offset[1:], len(choice.text)]
+    pieces = [choice.text[a:b] for a, b in zip(logprobs.text_offset, ends, strict=True)]
+    assert "".join(pieces) == choice.text
+    assert pieces[-2:] == [":", choice.text.removeprefix(prompt)]
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.token_logprobs[-1] == max(logprobs.top_logprobs[-1].values())
+
+    (alone,) = client.completions.create(
+        model=MODEL, prompt=prompt, echo=True, logprobs=1, max_tokens=0
+    ).choices
+    assert alone.text == prompt
+    assert alone.logprobs is not None
+    assert alone.logprobs.token_logprobs == logprobs.token_logprobs[:-1]
+
+    answer = client.chat.completions.create(
+        model=MODEL, messages=about(RING), max_tokens=1, extra_body={"prompt_logprobs": 2}
+    )
+    scores: list[Any] = answer.prompt_logprobs  # type: ignore[attr-defined]
+    assert answer.usage is not None
+    assert len(scores) == answer.usage.prompt_tokens
+    assert scores.count(None) == 1 + 36  # the first, and the picture's
+    assert all(entry["rank"] >= 1 for score in scores if score for entry in score.values())
+
+
 def test_several_choices_with_one_seed_differ(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=about(RING), temperature=3, n=4, seed=5, max_tokens=12

@@ -47,6 +47,15 @@ class Backend(ABC):
     def matmul(self, x: Tensor, packed: Packed, shape: Shape) -> Tensor:
         """x: (M, K) in the dtype and on the device of `pack` -> (M, N), the same."""
 
+    def plans(self, shape: Shape, rows: int, device: torch.device) -> tuple[str, ...]:
+        """Ways in which it can multiply so many rows, among which measuring decides. The first is
+        the one to take unmeasured."""
+        return ("",)
+
+    def run(self, plan: str, x: Tensor, packed: Packed, shape: Shape) -> Tensor:
+        """`matmul`, in one of the ways that `plans` named for so many rows."""
+        return self.matmul(x, packed, shape)
+
 
 class BackendMismatch(Exception):
     """A backend found at load that it would compute something else than the weights say."""

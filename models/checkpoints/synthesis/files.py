@@ -59,7 +59,10 @@ class ShardWriter(TensorWriter):
     def add(self, name: str, tensor: Tensor) -> None:
         if self._held and self._held_bytes + tensor.nbytes > self._shard_bytes:
             self._flush()
-        self._held[name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        if any(tensor.data_ptr() == held.data_ptr() for held in self._held.values()):
+            tensor = tensor.clone()  # safetensors refuses tensors that share their memory
+        self._held[name] = tensor
         self._held_bytes += tensor.nbytes
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from models.checkpoints.synthesis.formats import OUTPUT_FORMATS, OutputFormat
 from models.checkpoints.synthesis.layouts import HF_NAMES, LAYOUT_WRITERS, Job
 from models.checkpoints.synthesis.tokenizers import TOKENIZERS
 from models.checkpoints.synthesis.tokenizers.base import write_json
-from models.checkpoints.synthesis.weights import RandomWeights
+from models.checkpoints.synthesis.weights import EqualLayers, RandomWeights
 from models.errors import ConfigurationError
 
 Scale: TypeAlias = Literal["tiny", "full"]
@@ -46,6 +47,7 @@ def synthesize(
     seed: int = 0,
     naming: str = "released",
     shard_bytes: int = SHARD_BYTES,
+    equal_layers: bool = False,
     progress: bool = False,
 ) -> list[Path]:
     """A checkpoint of random weights in a family's layout, names, dtypes and files.
@@ -60,6 +62,8 @@ def synthesize(
             the others is a checkpoint of its own: `out` if it is the only one that is asked for,
             otherwise a folder beside it, "<out>-<format>".
         naming: of the tensors in transformers' layout, a name in `HF_NAMES`.
+        equal_layers: all layers hold the first one's weights, for those who need the sizes only:
+            it takes a fraction of the time.
         progress: show a bar.
 
     Returns:
@@ -76,10 +80,11 @@ def synthesize(
     if group_size not in GROUP_SIZES:
         raise ConfigurationError(f"group size {group_size}; known: 32, 64, 128")
     HF_NAMES[naming]
+    draw = EqualLayers if equal_layers else RandomWeights
     jobs = [
         Job(
             family, folder, together,
-            RandomWeights(seed, group_size, together[0].symmetric), group_size, naming,
+            draw(seed, group_size, together[0].symmetric), group_size, naming,
         )
         for folder, together in _folders(out, entries)
     ]  # fmt: skip
@@ -145,9 +150,12 @@ def _copy(
     dtype: torch.dtype,
     bar: tqdm[Any],
 ) -> None:
+    packed: WeakKeyDictionary[QuantizedWeight, dict[str, Tensor]] = WeakKeyDictionary()
     for name, value in items:
         if isinstance(value, QuantizedWeight):
-            for suffix, tensor in entry.pack(value, dtype).items():
+            if value not in packed:
+                packed[value] = entry.pack(value, dtype)
+            for suffix, tensor in packed[value].items():
                 writer.add(f"{name}.{suffix}", tensor)
         else:
             writer.add(name, value.to(dtype))

@@ -7,6 +7,7 @@ into bfloat16, so that it is the same in each dtype that a checkpoint is written
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ CHUNK = 1 << 24
 ZEROS = (6, 10)
 """Zero points lie in this range, the upper end excluded: around the middle, like real ones."""
 SYMMETRIC_ZERO = 8
+LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+"""The number of a layer in a tensor's name."""
 
 
 class RandomWeights:
@@ -67,6 +70,29 @@ class RandomWeights:
     def _rng(self, name: str) -> np.random.Generator:
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         return np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
+
+
+class EqualLayers(RandomWeights):
+    """All layers of a stack hold the first one's weights, so that each is drawn once."""
+
+    def __init__(self, seed: int, group_size: int, symmetric: bool = False) -> None:
+        super().__init__(seed, group_size, symmetric)
+        self._dense: dict[str, Tensor] = {}
+        self._quantized: dict[str, QuantizedWeight] = {}
+
+    def dense(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
+        first = LAYER.sub("0", name)
+        if LAYER.search(name) is None:  # large, and asked for once
+            return super().dense(name, shape, std, mean)
+        if first not in self._dense:
+            self._dense[first] = super().dense(first, shape, std, mean)
+        return self._dense[first]
+
+    def quantized(self, name: str, n: int, k: int) -> QuantizedWeight:
+        first = LAYER.sub("0", name)
+        if first not in self._quantized:
+            self._quantized[first] = super().quantized(first, n, k)
+        return self._quantized[first]
 
 
 class _Sizes(RandomWeights):

@@ -39,6 +39,7 @@ from models.checkpoints.synthesis.tokenizers import TOKENIZERS, WrittenTokenizer
 from models.checkpoints.synthesis.weights import RandomWeights
 from models.errors import ConfigurationError
 from models.prompts import load_tokenizer
+from tests.checkpoint_files import read_tensors
 
 # ---- sizes ------------------------------------------------------------------------------------
 
@@ -227,6 +228,24 @@ def test_the_seed_alone_decides(tmp_path: Path) -> None:
     other = weights("c", seed=1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["llava-v1.5-7b", "vila1.5-3b"])
+def test_equal_layers_are_the_first_one_again(family: str, tmp_path: Path) -> None:
+    """Nothing else differs: names, shapes, dtypes, files."""
+    formats = ["16bit", "llm-awq-v2"]
+    (equal,) = synthesize(family, tmp_path / "a" / "x", formats=formats, equal_layers=True)
+    (usual,) = synthesize(family, tmp_path / "b" / "x", formats=formats)
+    names, others = (
+        {path.relative_to(root) for path in root.rglob("*")} for root in (equal, usual)
+    )
+    assert names == others
+    for name in (name for name in names if name.suffix in {".pt", ".bin", ".safetensors"}):
+        got, expected = read_tensors(equal / name), read_tensors(usual / name)
+        assert {*got} == {*expected}
+        for key, tensor in got.items():
+            first = re.sub(r"(model|encoder)\.layers\.\d+", r"\1.layers.0", key)
+            assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[first])
 
 
 def test_linears_keep_the_size_of_what_they_are_given() -> None:

@@ -71,6 +71,7 @@ class FakeEngine:
         self.counted: dict[str, Any] = {}
         self.finished: list[FinishedRequest] = []
         self.preparing: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
+        self.intervals: list[float] = []
         self.asked: list[tuple[Any, list[Image.Image], SamplingParams, float | None]] = []
 
     async def stream(
@@ -82,10 +83,11 @@ class FakeEngine:
         queue_timeout_s: float | None = None,
         min_interval_s: float = 0.0,
     ) -> AsyncIterator[GenerationDelta]:
+        self.intervals.append(min_interval_s)
         await self.preparing()
         pictures = images() if callable(images) else images
         self.asked.append((prompt, list(pictures), params, queue_timeout_s))
-        if params.max_new_tokens == 0:
+        if params.needs_nothing:
             yield delta(finish_reason="length")
             return
         self.running += 1
@@ -157,8 +159,8 @@ def make_worker(
     max_ongoing: int = 100,
     **options: Any,
 ) -> ModelWorker:
-    """Without signs of life and almost without pacing, so that only what a test asks for comes."""
-    options = {"sign_of_life_s": NEVER_S, "max_records_per_s": 1e6, **options}
+    """Without signs of life, so that only what a test asks for comes."""
+    options = {"sign_of_life_s": NEVER_S, **options}
     config = make_config(**options)
     door = Door(max_num_seqs, max_waiting, lambda: max_ongoing)
     return ModelWorker(config, "demo-4bit-AWQ", cast("Engine", engine or FakeEngine()), door)

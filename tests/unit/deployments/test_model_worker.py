@@ -105,8 +105,13 @@ class TestRecords:
         assert records[-1]["text"] == "hi"
         assert records[-1]["finish_reason"] == "stop"
 
-    async def test_fast_tokens_share_records(self) -> None:
-        worker = make_worker(FakeEngine(["x"] * 500), max_records_per_s=1)
+    async def test_the_engine_is_asked_for_so_many_records_a_second(self) -> None:
+        worker = make_worker(max_records_per_s=20)
+        await gate_records(worker, {"prompt": ""})
+        assert engine_of(worker).intervals == [1 / 20]
+
+    async def test_what_comes_while_a_record_is_sent_shares_the_next(self) -> None:
+        worker = make_worker(FakeEngine(["x"] * 500))
         records = await gate_records(worker, {"prompt": ""})
         assert records[-1]["text"] == "x" * 500
         assert len(records) < 10

@@ -1,11 +1,10 @@
-"""`paced`: at most so many updates a second, signs of life, nothing lost, nothing left running."""
+"""`paced`: updates at the reader's pace, signs of life, nothing lost, nothing left running."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -45,10 +44,8 @@ class Source:
             self.closed = True
 
 
-def updates_of(
-    source: Source, *, min_interval_s: float = 0.0, sign_of_life_s: float = NEVER_S
-) -> Any:
-    return paced(source.deltas(), min_interval_s=min_interval_s, sign_of_life_s=sign_of_life_s)
+def updates_of(source: Source, *, sign_of_life_s: float = NEVER_S) -> Any:
+    return paced(source.deltas(), sign_of_life_s=sign_of_life_s)
 
 
 async def next_of(updates: Any) -> Update:
@@ -61,49 +58,17 @@ async def collect(updates: Any) -> list[Update]:
     return [update async for update in updates]
 
 
-async def test_first_text_comes_at_once_and_later_text_shares_an_update() -> None:
+async def test_each_update_has_what_came_since_the_one_before() -> None:
     source = Source().push(delta("A "))
-    updates = updates_of(source, min_interval_s=NEVER_S)
-    assert (await next_of(updates)).text == "A "  # no interval before the first
-    source.push(delta("red "), delta("circle"), delta(".", finish_reason="stop"), None)
-    last = await next_of(updates)  # the end does not wait for the interval either
-    assert (last.text, last.finish_reason) == ("red circle.", "stop")
+    updates = updates_of(source)
+    assert (await next_of(updates)).text == "A "
+    source.push(delta("red "))
+    assert (await next_of(updates)).text == "red "
+    source.push(delta("circle"), delta(".", finish_reason="stop"), None)
+    last = await next_of(updates)
+    assert (last.text, last.finish_reason) == ("circle.", "stop")
     assert await collect(updates) == []
     assert source.closed
-
-
-async def test_updates_are_fewer_than_tokens_when_tokens_come_fast() -> None:
-    source = Source()
-
-    async def speak() -> None:
-        for _ in range(100):
-            source.push(delta("x"))
-            await asyncio.sleep(0)
-        source.push(delta(finish_reason="length"), None)
-
-    speaker = asyncio.create_task(speak())
-    got = await collect(updates_of(source, min_interval_s=0.2))
-    await speaker
-    assert "".join(update.text for update in got) == "x" * 100
-    assert len(got) < 50
-
-
-async def test_updates_keep_their_distance() -> None:
-    source, clock = Source(), asyncio.get_running_loop().time
-    moments: list[float] = []
-
-    async def speak() -> None:
-        while len(moments) < 5:
-            source.push(delta("x"))
-            await asyncio.sleep(0)
-        source.push(delta(finish_reason="length"), None)
-
-    speaker = asyncio.create_task(speak())
-    async for _ in updates_of(source, min_interval_s=5 * SHORT_S):
-        moments.append(clock())  # noqa: PERF401 - the speaker counts them meanwhile
-    await speaker
-    gaps = [later - earlier for earlier, later in pairwise(moments[:5])]  # the end may come sooner
-    assert min(gaps) >= 4 * SHORT_S  # timers may fire a little early, and never much
 
 
 async def test_a_slow_reader_loses_nothing_and_does_not_hold_up_the_engine() -> None:
@@ -181,7 +146,7 @@ async def test_an_error_of_the_preparation_is_raised() -> None:
         yield
 
     with pytest.raises(InvalidRequest):
-        await collect(paced(deltas(), min_interval_s=0, sign_of_life_s=NEVER_S))
+        await collect(paced(deltas(), sign_of_life_s=NEVER_S))
 
 
 async def test_preparation_counts_as_waiting() -> None:
@@ -193,7 +158,7 @@ async def test_preparation_counts_as_waiting() -> None:
         async for item in source.deltas():
             yield item
 
-    updates = paced(deltas(), min_interval_s=0, sign_of_life_s=SHORT_S)
+    updates = paced(deltas(), sign_of_life_s=SHORT_S)
     assert (await next_of(updates)).text == ""
     ready.set()
     assert [u.text for u in await collect(updates) if u.text] == ["word"]
@@ -222,7 +187,7 @@ async def test_closing_it_during_preparation_cancels_that() -> None:
         raise AssertionError("unreachable")
         yield
 
-    updates: Any = paced(deltas(), min_interval_s=0, sign_of_life_s=SHORT_S)
+    updates: Any = paced(deltas(), sign_of_life_s=SHORT_S)
     async with aclosing(updates):
         await next_of(updates)
     assert cancelled.is_set()
@@ -235,7 +200,7 @@ async def test_a_cancellation_is_never_lost(ticks: int) -> None:
     got: list[Update] = []
 
     async def consume() -> None:
-        async for update in updates_of(source, min_interval_s=SHORT_S):
+        async for update in updates_of(source):
             got.append(update)  # noqa: PERF401 - cancelled midway
 
     consumer = asyncio.create_task(consume())

@@ -62,7 +62,8 @@ async def test_defaults_are_vilas() -> None:
     await ask(build_http_app(worker), "/chat/completions", body)
     params = engine_of(worker).asked[0][2]
     assert (params.temperature, params.top_p, params.max_new_tokens) == (0.2, 0.9, 512)
-    body = json.dumps({**QUESTION, "temperature": 0, "max_tokens": 5, "n": 3}).encode()
+    more = {"temperature": 0, "max_tokens": 5, "n": 3, "use_cache": False}
+    body = json.dumps({**QUESTION, **more}).encode()
     await ask(build_http_app(worker), "/chat/completions", body)
     (_, _, params, _) = engine_of(worker).asked[1]
     assert (params.temperature, params.max_new_tokens) == (0, 5)
@@ -93,3 +94,45 @@ async def test_and_that_of_a_stream() -> None:
     assert answer.events[-1] == {"error": "broken"}
     answer = await post(FakeEngine([EngineFault("broken")]), stream=True)
     assert (answer.status, answer.json) == (500, {"error": "broken"})
+
+
+async def test_openais_package_gets_errors_that_it_can_show() -> None:
+    app, headers = build_http_app(make_worker()), {"X-Stainless-Lang": "python"}
+    for body in (b"{", json.dumps({**QUESTION, "temperature": "hot"}).encode()):
+        answer = await ask(app, "/chat/completions", body, headers=headers)
+        assert answer.status == 400
+        assert "message" in answer.json["error"]
+    answer = await ask(app, "/chat/completions", json.dumps(QUESTION).encode(), headers=headers)
+    assert isinstance(answer.json["choices"][0]["message"]["content"], list)
+
+
+OPENAIS = pytest.mark.parametrize(
+    "more",
+    [
+        {"max_completion_tokens": 9},
+        {"stop": ["x"], "seed": 5},
+        {"messages": [{"role": "system", "content": "Be kind."}, *QUESTION["messages"]]},
+    ],
+)  # fmt: skip
+
+
+@OPENAIS
+async def test_what_only_openais_clients_ask_for_gets_openais_answer(more: dict[str, Any]) -> None:
+    """A client whose base address lacks /v1."""
+    body = (await post(model="demo", **more)).json
+    assert body["choices"][0]["message"]["content"] == "A red circle."
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["completion_tokens"] == 3
+    events = (await post(model="demo", stream=True, **more)).events
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+
+
+@OPENAIS
+async def test_and_openais_errors(more: dict[str, Any]) -> None:
+    answer = await post(**{**more, "model": "demo", "temperature": "hot"})
+    assert answer.status == 400
+    assert answer.json["error"]["param"] == "temperature"
+
+
+async def test_null_is_no_field() -> None:
+    assert isinstance((await post(stop=None)).json["choices"][0]["message"]["content"], list)

@@ -76,6 +76,16 @@ async def test_all_faces_give_the_same_answer(engine: Engine) -> None:
     assert [d.finish_reason for d in two[:-1]] == [None] * (len(two) - 1)
 
 
+async def test_an_interval_merges_deltas_and_changes_nothing_else(engine: Engine) -> None:
+    each = [delta async for delta in engine.stream("tell me", params=GREEDY)]
+    few = [d async for d in engine.stream("tell me", params=GREEDY, min_interval_s=1000)]
+    assert len(few) == 2 < len(each) == 12
+    assert join(few) == join(each)
+    assert [t for d in few for t in d.token_ids] == [t for d in each for t in d.token_ids]
+    assert (few[0].text, few[0].usage) == (each[0].text, each[0].usage)  # at once
+    assert (few[-1].finish_reason, few[-1].usage) == (each[-1].finish_reason, each[-1].usage)
+
+
 async def test_pictures_may_come_from_a_function_that_runs_off_the_event_loop(
     engine: Engine,
 ) -> None:

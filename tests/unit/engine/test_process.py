@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from models import Engine, GenerationDelta, SamplingParams, load_engine
 from models.engine.process import ProcessHost
+from models.engine.wire import receive
 from models.errors import CheckpointError, ConfigurationError, EngineDead, RequestAborted
 from tests.tiny import write_tiny_llava
 
+SCORED = SamplingParams(temperature=0, max_new_tokens=3, prompt_logprobs=1)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_new_tokens=900, ignore_eos=True)
 PICTURE = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
@@ -86,6 +90,7 @@ async def rest(stream: AsyncIterator[GenerationDelta]) -> str:
 async def test_answers_are_those_of_an_engine_in_this_process(folder: Path, engine: Engine) -> None:
     with load(folder, own_process=False) as here:
         expected = here.generate_batch(PROMPTS, GREEDY)
+        scores = next(iter(here.generate(*PROMPTS[0], SCORED))).prompt_logprobs
         assert here.count_tokens(PROMPTS[0][0]) == engine.count_tokens(PROMPTS[0][0])
         assert here.stop_token_ids == engine.stop_token_ids
         assert here.context_length == engine.context_length
@@ -96,8 +101,39 @@ async def test_answers_are_those_of_an_engine_in_this_process(folder: Path, engi
     assert engine.generate_batch(PROMPTS, GREEDY) == expected
     streamed = await asyncio.gather(*(rest(engine.stream(*p, GREEDY)) for p in PROMPTS))
     assert streamed == expected
+    scored = [d async for d in engine.stream(*PROMPTS[0], SCORED, min_interval_s=0.1)]
+    assert [score for delta in scored for score in delta.prompt_logprobs] == list(scores) != []
     last = [delta async for delta in engine.stream(*PROMPTS[0], GREEDY)][-1]
     assert (last.finish_reason, last.usage.completion_tokens) == ("length", 12)
+
+
+async def test_what_nobody_waits_for_costs_no_message_and_figures_stay_fresh(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = 0
+
+    def counted(connection: Connection[Any, Any]) -> Any:
+        nonlocal messages
+        messages += 1
+        return receive(connection)
+
+    monkeypatch.setattr("models.engine.process.receive", counted)
+    before = engine.stats().num_generated_tokens
+    stream = engine.stream("tell me", params=LONG, min_interval_s=1000)
+    first = await anext(stream)
+    assert len(first.token_ids) == 1 and first.timing is not None
+    rest = asyncio.create_task(anext(stream))
+    seen = set()
+    while not rest.done():
+        seen.add(engine.stats().num_generated_tokens - before)
+        await asyncio.sleep(0.005)
+    last = await rest
+    assert (len(last.token_ids), last.finish_reason) == (899, "length")
+    assert last.timing is not None and last.timing.started and last.timing.last_token
+    seconds = last.timing.last_token - last.timing.started
+    assert len(seen) >= 2 * seconds
+    assert messages <= 11 * seconds + 10
+    assert engine.stats().num_generated_tokens - before == 900
 
 
 async def test_leaving_and_aborting_free_everything(engine: Engine) -> None:

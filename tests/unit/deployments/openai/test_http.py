@@ -16,7 +16,7 @@ from PIL import Image
 
 from deployments.http_app import build_http_app
 from deployments.model_worker import ModelWorker
-from models import GenerationDelta, Guide, TokenLogprobs, Usage
+from models import GenerationDelta, Guide, PromptToken, TokenLogprobs, Usage
 from models.errors import (
     EngineDead,
     EngineFault,
@@ -261,14 +261,11 @@ class TestStreamed:
         connection.leave()
         await connection.end()
 
-    async def test_at_most_so_many_chunks_a_second(self) -> None:
-        script = [x for _ in range(100) for x in ("a", lambda: asyncio.sleep(0.001))]
-        worker = make_worker(FakeEngine(script), max_records_per_s=20)
-        began = asyncio.get_running_loop().time()
-        events = (await post(worker, stream=True)).events
-        elapsed = asyncio.get_running_loop().time() - began
-        assert texts(events) == "a" * 100
-        assert len(events) <= 20 * elapsed + 4
+    async def test_the_engine_is_asked_for_so_many_chunks_a_second(self) -> None:
+        worker = make_worker(max_records_per_s=20)
+        await post(worker, stream=True)
+        await post(worker)  # of which nobody sees a piece
+        assert engine_of(worker).intervals == [1 / 20, 1.0]
 
 
 def with_logprobs() -> FakeEngine:
@@ -327,6 +324,100 @@ class TestLogprobs:
     async def test_unasked_there_are_none(self) -> None:
         answer = await post(make_worker())
         assert answer.json["choices"][0]["logprobs"] is None
+
+
+def with_prompt_logprobs(*, max_tokens: int = 2) -> FakeEngine:
+    """Of the prompt "aé", behind a token of the tokenizer's own."""
+    first, last = "é".encode()
+    known = (
+        PromptToken(256),
+        PromptToken(ord("a"), -0.5, 1, ((ord("a"), -0.5), (ord("b"), -1.5))),
+        PromptToken(first, -2.0, 3, ((ord("c"), -0.25), (last, -1.0))),
+        PromptToken(last, -float("inf"), 200, ((ord("d"), -0.125), (0x80, -0.75))),
+    )
+    usage = Usage(prompt_tokens=4, completion_tokens=max_tokens)
+    tokens = tuple(TokenLogprobs(ord(c), -0.5, ((ord(c), -0.5),)) for c in "XY"[:max_tokens])
+    return FakeEngine([
+        GenerationDelta("r", "", (), None, usage, prompt_logprobs=known),
+        GenerationDelta("r", "XY"[:max_tokens], (), "length", usage, logprobs=tokens),
+    ])  # fmt: skip
+
+
+class TestLogprobsOfPrompts:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_echoed_they_are_before_those_of_the_answer(self, stream: bool) -> None:
+        worker = make_worker(with_prompt_logprobs())
+        answer = await post(
+            worker, COMPLETIONS, prompt="aé", echo=True, logprobs=1, max_tokens=2, stream=stream
+        )
+        assert engine_of(worker).asked[0][2].prompt_logprobs == 1
+        choices = [c for event in answer.events for c in event["choices"]] if stream else (
+            answer.json["choices"]
+        )  # fmt: skip
+        assert "".join(choice["text"] for choice in choices) == "aéXY"
+        logprobs = {
+            name: [x for choice in choices for x in choice["logprobs"][name]]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        bad = "\ufffd"
+        assert logprobs == {
+            "tokens": ["<s>", "a", bad, bad, "X", "Y"],
+            "token_logprobs": [None, -0.5, -2.0, -9999.0, -0.5, -0.5],
+            "top_logprobs": [
+                None, {"a": -0.5}, {"c": -0.25, bad: -2.0}, {"d": -0.125, bad: -9999.0},
+                {"X": -0.5}, {"Y": -0.5},
+            ],
+            "text_offset": [0, 0, 1, 1, 2, 3],
+        }  # fmt: skip
+        assert all(type(offset) is int for offset in logprobs["text_offset"])
+
+    async def test_a_prompt_alone(self) -> None:
+        """What lm-evaluation-harness and others ask for, with ids for a prompt."""
+        worker = make_worker(with_prompt_logprobs(max_tokens=0))
+        answer = await post(
+            worker, COMPLETIONS, prompt=[[256, *"aé".encode()]], echo=True, logprobs=2,
+            max_tokens=0, temperature=0, seed=1234,
+        )  # fmt: skip
+        (choice,) = answer.json["choices"]
+        assert choice["text"] == "aé"
+        assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -2.0, -9999.0]
+        # Two tokens that are written alike: the unlikely one does not pass for the likeliest.
+        assert choice["logprobs"]["top_logprobs"][3] == {"d": -0.125, "\ufffd": -0.75}
+        assert choice["finish_reason"] == "length"
+
+    async def test_in_vllms_form(self) -> None:
+        def entry(logprob: float, rank: int, token: str) -> dict[str, Any]:
+            return {"logprob": logprob, "rank": rank, "decoded_token": token}
+
+        expected = [
+            None,
+            {"97": entry(-0.5, 1, "a")},
+            {"195": entry(-2.0, 3, "\ufffd"), "99": entry(-0.25, 1, "c")},
+            {"169": entry(-9999.0, 200, "\ufffd"), "100": entry(-0.125, 1, "d")},
+        ]
+        chat = (await post(make_worker(with_prompt_logprobs()), prompt_logprobs=1, n=2)).json
+        assert chat["prompt_logprobs"] == expected
+        assert chat["choices"][0]["logprobs"] is None
+        worker = make_worker(with_prompt_logprobs())
+        body = (await post(worker, COMPLETIONS, prompt=["aé"] * 2, prompt_logprobs=1)).json
+        assert [choice["prompt_logprobs"] for choice in body["choices"]] == [expected] * 2
+        assert all(choice["text"] == "XY" for choice in body["choices"])
+
+    async def test_pictures_have_none(self) -> None:
+        usage = Usage(prompt_tokens=3, completion_tokens=1)
+        known = (PromptToken(256), PromptToken(), PromptToken(65, -1.0, 2, ()))
+        script = [GenerationDelta("r", "X", (88,), "stop", usage, prompt_logprobs=known)]
+        answer = await post(
+            make_worker(FakeEngine(script)), messages=about(image()), prompt_logprobs=0
+        )
+        assert answer.json["prompt_logprobs"] == [
+            None, None, {"65": {"logprob": -1.0, "rank": 2, "decoded_token": "A"}},
+        ]  # fmt: skip
+
+    async def test_unasked_there_are_none(self) -> None:
+        assert "prompt_logprobs" not in (await post(make_worker())).json
+        answer = await post(make_worker(), COMPLETIONS, prompt="a")
+        assert "prompt_logprobs" not in answer.json["choices"][0]
 
 
 class TestPictures:
@@ -565,13 +656,14 @@ class TestBesides:
         return await ask(build_http_app(worker or make_worker()), path, method="GET")
 
     async def test_models(self) -> None:
-        body = (await self.get("/v1/models")).json
+        worker = make_worker()
+        body = (await self.get("/v1/models", worker)).json
         (model,) = body["data"]
         assert (model["id"], model["root"]) == ("demo-4bit-AWQ", "demo")
         assert model["max_model_len"] == FakeEngine.context_length
         assert "multimodal" in body["models"][0]["capabilities"]
-        assert (await self.get("/v1/models/demo")).json == model
-        assert (await self.get("/models")).json == body
+        assert (await self.get("/v1/models/demo", worker)).json == model
+        assert (await self.get("/models", worker)).json == body
         missing = await self.get("/v1/models/org/other")
         assert (missing.status, missing.json["error"]["type"]) == (404, "NotFoundError")
 

@@ -169,7 +169,10 @@ def test_a_wrong_form_is_refused_by_the_name_it_was_sent_under(
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
         ({"continue_final_message": True}, "continue_final_message"),
-        ({"use_beam_search": True}, "use_beam_search"), ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"), ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"add_generation_prompt": "no"}, "add_generation_prompt"),
     ],
 )  # fmt: skip
@@ -198,12 +201,26 @@ def test_prompts_of_a_completion() -> None:
         ({"prompt": [1] * 1001}, "prompt"), ({"prompt": [[[1]]]}, "prompt"),
         ({"prompt": "what is <image>"}, "prompt"), ({"prompt": "a" * 1001}, "prompt"),
         ({"prompt": ["a"] * 5, "n": 2}, "prompt"), ({"suffix": "x"}, "suffix"),
-        ({"echo": True, "logprobs": 1}, "echo"), ({"logprobs": 21}, "logprobs"),
+        ({"echo": True, "logprobs": 21}, "logprobs"), ({"logprobs": 21}, "logprobs"),
+        ({"echo": True, "logprobs": 1, "prompt_logprobs": -1}, "prompt_logprobs"),
         ({"logprobs": True}, "logprobs"), ({"max_tokens": -1}, "max_tokens"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_completion_is_named(fields: dict[str, Any], field: str) -> None:
     assert refused_field(complete, **fields) == field
+
+
+def test_log_probabilities_of_a_prompt_are_computed_where_they_are_told() -> None:
+    def asked(**body: Any) -> tuple[int | None, int | None, int | None]:
+        options = complete(**body).options
+        return options.params.prompt_logprobs, options.params.logprobs, options.prompt_logprobs
+
+    assert asked(logprobs=1) == (None, 1, None)
+    assert asked(echo=True) == (None, None, None)
+    assert asked(echo=True, logprobs=0) == (0, 0, None)
+    assert asked(prompt_logprobs=3) == (3, None, 3)
+    assert asked(prompt_logprobs=3, echo=True, logprobs=5, max_tokens=0) == (5, 5, 3)
+    assert chat(prompt_logprobs=2).params.prompt_logprobs == 2
 
 
 JSON = st.recursive(
@@ -214,7 +231,7 @@ JSON = st.recursive(
 NAMES = (
     "messages", "prompt", "n", "stop", "stream", "stream_options", "logit_bias", "tools", "model",
     "response_format", "structured_outputs", "guided_json", "max_tokens", "logprobs", "seed",
-    "temperature", "top_logprobs", "echo", "best_of", "chat_template_kwargs",
+    "temperature", "top_logprobs", "prompt_logprobs", "echo", "best_of", "chat_template_kwargs",
 )  # fmt: skip
 
 
