@@ -167,16 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
         handle = serve.run(build(config), name=APP_NAME, route_prefix="/")
-        stop.started = True
     except TinyChatError as error:
         print(error, file=sys.stderr)
         return shut_down(1)
     except RuntimeError as error:  # the deployment failed; Serve's message has the reason
         print(error, file=sys.stderr)
         return shut_down(1)
-    except StoppedEarly as early:
-        print("Stopped before it was ready.", flush=True)
-        return give_up(early.status)
     print(f"Serving on http://{options.host}:{options.port}; SIGTERM or Ctrl-C drains.", flush=True)
     stop.wait()
     print("Draining: no new requests, running ones finish.", flush=True)
@@ -184,27 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return shut_down(0)
 
 
-class StoppedEarly(BaseException):
-    """SIGTERM or SIGINT came before anything was served; like KeyboardInterrupt, no error.
-
-    Attributes:
-        status: what shells say of a process that a signal has ended.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.status = 128 + number
-
-
 class StopSignal:
-    """The first SIGTERM or SIGINT is noted; a second one ends the waiting too.
-
-    Attributes:
-        started: there may be answers to wait for; before, either signal raises StoppedEarly.
-    """
+    """The first SIGTERM or SIGINT is noted; a second one ends the waiting too."""
 
     def __init__(self) -> None:
-        self.started = False
         self._received = 0
         self._event = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -218,10 +197,7 @@ class StopSignal:
         while not self._event.wait(timeout=3600):
             pass
 
-    def _receive(self, number: int, *_: Any) -> None:
-        if not self.started:
-            self.started = True  # once is enough
-            raise StoppedEarly(number)
+    def _receive(self, *_: Any) -> None:
         self._received += 1
         self._event.set()
 
@@ -263,14 +239,6 @@ def drain(handle: DeploymentHandle[Any], stop: StopSignal) -> None:
         if not any(inside):
             return
         time.sleep(POLL_S)
-
-
-def give_up(status: int) -> int:
-    """Ends what has not become ready. Nothing runs in it, so nothing is waited for."""
-    if "RAY_ADDRESS" in os.environ:  # the cluster goes on
-        serve.delete(APP_NAME, _blocking=False)
-    ray.shutdown()
-    return status
 
 
 def shut_down(status: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 from collections.abc import Iterator
 
@@ -49,30 +47,3 @@ def test_what_cannot_be_served_is_one_line_and_no_ray(
     assert launcher.main([*flags, "--port", "0"]) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
-
-
-@pytest.fixture
-def handlers_restored() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers_restored")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_start_at_once_and_is_only_noted_afterwards(
-    number: signal.Signals,
-) -> None:
-    stop = launcher.StopSignal()
-    with pytest.raises(launcher.StoppedEarly) as early:
-        os.kill(os.getpid(), number)
-    assert early.value.status == 128 + number
-    stop = launcher.StopSignal()
-    stop.started = True
-    os.kill(os.getpid(), number)
-    stop.wait()
-    assert not stop.insisted
-    os.kill(os.getpid(), number)
-    assert stop.insisted
