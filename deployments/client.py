@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             print(piece, end="", flush=True)
     except WorkerError as error:
-        print(error, file=sys.stderr)
+        print(str(error).replace("images[0]", str(options.image)), file=sys.stderr)
         return 1
     print()
     return 0

@@ -43,9 +43,11 @@ def resolve_model(model_path: str, *, elsewhere: bool) -> str:
         return str(found)
     if HUB_ID.fullmatch(model_path) or (elsewhere and Path(model_path).is_absolute()):
         return model_path
+    looked = "" if Path(model_path).is_absolute() else f" in {Path.cwd()}"
+    if looked and Path.cwd().resolve() != PACKAGE_ROOT:
+        looked += f" or {PACKAGE_ROOT}"
     raise ConfigurationError(
-        f"model_path {model_path!r} is neither a folder (looked for in the working directory "
-        f"{Path.cwd()} and in {PACKAGE_ROOT}) nor a Hub id (owner/name)"
+        f"model_path {model_path!r} is neither a folder{looked} nor a Hub id (owner/name)"
     )
 
 

@@ -3,7 +3,8 @@
     python -m deployments.preflight serve_config.yaml && serve run serve_config.yaml
 
 Ray Serve tells the same, half a minute later, between the lines and stack traces of several
-processes. Status 1 if something is wrong. `make serve` looks first.
+processes; keys outside of `args:` that it does not know it ignores. Status 1 if something is
+wrong. `make serve` looks first.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.app import DEPLOYMENT_NAME, LINK_NAME
 from deployments.cluster import Cluster
 from deployments.config import AppConfig
 from deployments.model_source import resolve_model
 from deployments.plan import make_plan
+from deployments.serve_keys import unknown_deployments, unread_keys
 from models.command_line import HelpFormatter
 from models.errors import ConfigurationError
 
 IMPORT_PATH = "deployments.app:build"
-SERVE_HOST, SERVE_PORT = "127.0.0.1", 8000
-"""Ray Serve's defaults."""
+SERVE_HOST, SERVE_PORT = "0.0.0.0", 8000
+"""Ray Serve's defaults in a YAML file."""
 
 
 def problems(path: Path) -> Iterator[str]:
@@ -45,11 +48,14 @@ def problems(path: Path) -> Iterator[str]:
     if not isinstance(config, dict):
         yield f"{path}: must be a mapping, with `applications:`"
         return
+    yield from (f"{path}: {problem}" for problem in unread_keys(config))
     on_a_cluster = "RAY_ADDRESS" in os.environ
     for application in config.get("applications") or []:
         if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
             for problem in args_problems(application.get("args") or {}, on_a_cluster=on_a_cluster):
                 yield f"{path}: args: {problem}"
+            for problem in unknown_deployments(application, (DEPLOYMENT_NAME, LINK_NAME)):
+                yield f"{path}: {problem}"
     http = config.get("http_options") or {}
     host, port = http.get("host", SERVE_HOST), http.get("port", SERVE_PORT)
     if not on_a_cluster and is_taken(host, port):

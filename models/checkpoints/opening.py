@@ -51,7 +51,13 @@ def open_checkpoint(
     if template is not None:
         TEMPLATES[template]  # raises for an unknown one, before anything is looked for
     location = locate(model_path, may_download=may_download)
-    config = JsonConfig.read(location.root / "config.json", "config.json")
+    config_file = location.root / "config.json"
+    if not config_file.exists():
+        raise CheckpointError(
+            f"{location.root} has no config.json, so it is no checkpoint's folder; give the folder "
+            "that holds the model's config.json, and an AWQ file as quant_path"
+        )
+    config = JsonConfig.read(config_file, "config.json")
     for name in LAYOUTS:
         layout = LAYOUTS[name]
         if layout.matches(location.root, config):

@@ -40,6 +40,7 @@ FILE_KINDS = (
 )
 """Pattern and index of a folder's own weights; the first kind that is there is taken."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+")
 
 
@@ -146,7 +147,9 @@ class SafetensorsFile(MappableFile):
                 length = int.from_bytes(file.read(8), "little")
                 entries = json.loads(file.read(length))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{label} is not a readable safetensors file: {error}") from error
+            raise CheckpointError(
+                f"{label} is not a readable safetensors file; is it damaged, or cut off? ({error})"
+            ) from error
         entries.pop("__metadata__", None)
         self.extents = {
             name: Extent(
@@ -217,7 +220,9 @@ def load_tensors(path: Path, label: str) -> dict[str, Tensor]:
             "can run code"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{label} is not a readable torch file") from error
+        raise CheckpointError(
+            f"{label} is not a readable torch file; is it damaged, or cut off?"
+        ) from error
     if not isinstance(content, Mapping):
         raise NotTensors(f"{label} must hold a dict of tensors")
     for name, value in content.items():
@@ -290,9 +295,22 @@ def open_tensor_file(path: Path, label: str) -> TensorFile:
     Raises:
         CheckpointError: it is damaged, or could run code, or holds something else than tensors.
     """
+    if _is_lfs_pointer(path):
+        raise CheckpointError(
+            f"{label} is only Git LFS's pointer to the file, as `git clone` without git-lfs leaves "
+            "it; fetch the file itself, by `git lfs pull` or `hf download`"
+        )
     if path.suffix == ".safetensors":
         return SafetensorsFile(path, label)
     return (TorchFile if zipfile.is_zipfile(path) else OldTorchFile)(path, label)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False  # whoever reads the tensors says why they cannot
 
 
 def open_folder(folder: Path, root: Path, exclude: TensorStore | None = None) -> TensorStore:

@@ -384,6 +384,18 @@ def test_a_phone_needs_no_sideways_scrolling(visit: Visit) -> None:
     assert too_small == 0
 
 
+def test_a_phone_shows_all_examples_at_once_and_speaks_of_no_mouse(visit: Visit) -> None:
+    with serving(make_worker()) as address:
+        page = visit(address, **PHONE)
+        last, composer = page.locator(".example >> nth=3"), page.locator("#composer")
+        assert (
+            last.bounding_box()["y"] + last.bounding_box()["height"] < composer.bounding_box()["y"]
+        )
+        assert page.inner_text(".welcome > p").startswith("Choose or take pictures, and ask")
+        page.tap("#open-settings")
+        assert page.locator("#settings").get_by_text("Ctrl").is_hidden()
+
+
 def test_the_theme_is_the_systems_until_another_is_chosen(visit: Visit) -> None:
     with serving(make_worker()) as address:
         page = visit(address, color_scheme="dark")

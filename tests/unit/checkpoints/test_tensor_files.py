@@ -70,6 +70,14 @@ def test_a_file_that_would_run_a_command_is_refused_and_does_not_run(
         assert marker.exists(), "the attack itself works, so that the refusal means something"
 
 
+@pytest.mark.parametrize("name", ["x-awq-v2.pt", "model.safetensors", "pytorch_model.bin"])
+def test_a_clone_without_git_lfs_is_told_as_such(name: str, tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=f"^{name} is only Git LFS's pointer .*git lfs pull"):
+        open_tensor_file(tmp_path / name, name)
+
+
 @pytest.mark.parametrize("layout", ["llava", "vila"])
 @pytest.mark.parametrize("kind", ["awq", "bin"])
 def test_an_attack_inside_a_checkpoint_is_refused(layout: str, kind: str, tmp_path: Path) -> None:

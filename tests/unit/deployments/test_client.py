@@ -28,6 +28,9 @@ class Worker(BaseHTTPRequestHandler):
         if body["model"] == "unknown":  # as a controller
             self.wfile.write(json.dumps({"text": "**ERROR**", "error_code": 2}).encode() + b"\0")
             return
+        if body["model"] == "sees nothing":
+            self.wfile.write(b'{"text": "images[0]: is not a picture", "error_code": 1}\0')
+            return
         for text in ("", "A star", "A star."):
             record = {"text": body["prompt"] + text, "error_code": 0}
             self.wfile.write(json.dumps(record).encode() + b"\0")
@@ -64,6 +67,13 @@ def test_a_controllers_code_is_put_into_words(
 ) -> None:
     assert main([PICTURE, "What?", "--url", address, "--model", "unknown"]) == 1
     assert "knows no worker of the model 'unknown'" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_none_is_named_by_its_file(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PICTURE, "What?", "--url", address, "--model", "sees nothing"]) == 1
+    assert capsys.readouterr().err.startswith(f"{PICTURE}: is not a picture")
 
 
 def test_a_worker_that_is_not_running_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,24 @@ def test_the_configuration_that_ships_is_right(config: Path) -> None:
         ("precision: W4A16 ", "precision: W8A8 ", ["precision", "'W4A16' or 'W16A16'"]),
         ("no_register: true ", "num_replicas: 2 ", ["belongs under `deployments:`"]),
         ("applications:\n", "applications: [\n", ["is not YAML"]),
+        ("http_options:", "http_option:", ["top of the file", "did you mean 'http_options'?"]),
+        ("  host: 127", "  hots: 127", ["http_options: ", "did you mean 'host'?"]),
+        ("route_prefix: /", "max_num_seqs: 4", ["'max_num_seqs' belongs under `args:`"]),
+        (
+            "    # deployments:\n",
+            "    deployments: [{name: ModelWorker, num_replica: 2}]\n",
+            ["deployments: unknown key 'num_replica'", "did you mean 'num_replicas'?"],
+        ),
+        (
+            "    # deployments:\n",
+            "    deployments: [{name: ModelWorker, autoscaling_config: {max_replica: 2}}]\n",
+            ["autoscaling_config: ", "did you mean 'max_replicas'?"],
+        ),
+        (
+            "    # deployments:\n",
+            "    deployments: [{name: Worker, num_replicas: 2}]\n",
+            ["there is no 'Worker'; known: ModelWorker, ControllerLink"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
