@@ -21,6 +21,7 @@ TAKE_THEIR_NAMES_FROM_TORCH_CODE = {
     "models.checkpoints",
     "models.demo.train",
     "models.demo.evaluate",
+    "benchmarks.cpu_attention",
     "benchmarks.cpu_end_to_end",
     "benchmarks.cpu_peers",
 }
