@@ -207,6 +207,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def _decode(q: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, out: Tensor) -> None:
     """One query of each sequence, (sequences, heads, head_dim)."""
     keys, values = cache.read(layer, batch.decode_tables)
+    # What lies behind a sequence is another's, perhaps not even numbers, and 0 times that is none.
+    elsewhere = ~batch.decode_mask.transpose(-1, -2)
+    keys.masked_fill_(elsewhere, 0)
+    values.masked_fill_(elsewhere, 0)
     if q.device.type == "cpu":
         out.copy_(_two_products(q, keys, values, batch.decode_mask))
     else:

@@ -79,7 +79,6 @@ class KVCache:
         self.num_blocks = num_blocks
         devices = [device] * shape.num_layers if isinstance(device, torch.device) else device
         size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        # Zeros, not empty: masked positions still enter products, where a NaN would survive.
         self.keys = [torch.zeros(size, dtype=shape.dtype, device=each) for each in devices]
         self.values = [torch.zeros(size, dtype=shape.dtype, device=each) for each in devices]
 

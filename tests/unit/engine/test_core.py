@@ -427,6 +427,17 @@ def test_not_a_number_ends_one_request_and_spares_the_others() -> None:
     assert answers(deltas)["good"] == alone(good)
 
 
+def test_what_is_no_number_in_another_ones_blocks_reaches_nobody() -> None:
+    """A request may leave such blocks behind, half of which the next one uses."""
+    core = build_core(caching=False)
+    for vectors in (*core.runner.cache.keys, *core.runner.cache.values):
+        vectors.fill_(float("nan"))
+    reqs = [request(f"r{i}", range(2, 4 + 5 * i), max_new_tokens=9) for i in range(4)]
+    for req in reqs:
+        core.add(req)
+    assert answers(run_all(core)) == {req.request_id: alone(req) for req in reqs}
+
+
 @pytest.mark.parametrize("async_scheduling", [False, True])
 def test_a_step_that_raises_frees_what_it_ran(async_scheduling: bool) -> None:
     core: EngineCore = build_core(async_scheduling=async_scheduling)
