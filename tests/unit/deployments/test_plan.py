@@ -110,7 +110,7 @@ def test_sixteen_bits_of_a_checkpoint_that_has_none_are_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("path", ["no/such/folder/here", "/no/such/folder", "not a name"])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(path: str) -> None:
-    with pytest.raises(ConfigurationError, match="neither a folder .* nor a Hub id"):
+    with pytest.raises(ConfigurationError, match="neither a folder.* nor a Hub id"):
         plan(path)
 
 
