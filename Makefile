@@ -56,7 +56,8 @@ $(GUIDELLM):
 # What one GPU can tell, within 20 minutes: the tests that need one, then everything that is measured
 # (docs/gpu.md). Without a GPU: make gpu-check GPU_ARGS="--device cpu --scale tiny"
 gpu-check: $(STAMP)
-	$(BIN)/python -m pytest -m gpu tests/unit tests/parity $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu tests/unit tests/parity --ignore tests/unit/gpu $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 # The gates of the demo model on thousands of held-out questions; minutes.

@@ -234,6 +234,7 @@ class DecodePart(Part):
 
     def _engine(self, model: str) -> Engine:
         self._peer = None
+        self._measured()  # before an engine takes the memory that it needs
         return self._loaded.of(self._folder(model), **self._sizes.options)
 
     def _transformers(self, model: str) -> Transformers:

@@ -127,8 +127,9 @@ def _measure_layer(
             print(f"{name}: {mismatch}", file=sys.stderr)
     exact = weight.dequantize(torch.float32)
     ideal_bytes = n * k / 2 + n * k / GROUP * 2.5
+    generator = torch.Generator(device).manual_seed(1)  # torch's own is lost with a failed capture
     for count in rows:
-        x = torch.randn(count, k, device=device).to(dtype)
+        x = torch.randn(count, k, device=device, generator=generator).to(dtype)
         expected = x.float() @ exact.T
         moved = (count * (n + k)) * dtype.itemsize
         operations = 2.0 * count * n * k

@@ -106,13 +106,14 @@ class StepPart(Part):
             "device busy_ms": busy_ms,
             "profiled step_ms": wall_ms,
             "idle share": max(0.0, 1 - busy_ms / wall_ms),
-            "limit_ms": limit.seconds(Limits.of(self.setting)) * 1e3,
+            "limit_ms": limit.seconds(self._limits) * 1e3,
             "kernels_ms": kernels,
         }
 
     def _load(self) -> LoadedCore:
         if self._loaded is None:
             free_memory(self.setting)
+            self._limits = Limits.of(self.setting)  # before an engine takes the memory for it
             folder: Path = checkpoint(self.setting, MODEL)
             self._loaded = load_core(folder, device=self.setting.kind, **self._options)
         return self._loaded

@@ -26,7 +26,7 @@ from deployments.cluster import Cluster
 from deployments.config import AppConfig
 from deployments.model_source import resolve_model
 from deployments.plan import make_plan
-from deployments.serve_keys import unknown_deployments, unread_keys
+from deployments.serve_keys import items, unknown_deployments, unread_keys
 from models.command_line import HelpFormatter
 from models.errors import ConfigurationError
 
@@ -42,6 +42,9 @@ def problems(path: Path) -> Iterator[str]:
     except OSError as error:
         yield f"{path}: {error.strerror}"
         return
+    except UnicodeDecodeError as error:
+        yield f"{path}: is not text in UTF-8: {error}"
+        return
     except yaml.YAMLError as error:
         yield f"{path}: is not YAML: {' '.join(str(error).split())}"
         return
@@ -50,13 +53,15 @@ def problems(path: Path) -> Iterator[str]:
         return
     yield from (f"{path}: {problem}" for problem in unread_keys(config))
     on_a_cluster = "RAY_ADDRESS" in os.environ
-    for application in config.get("applications") or []:
-        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
+    for application in items(config.get("applications")):
+        if application.get("import_path") == IMPORT_PATH:
             for problem in args_problems(application.get("args") or {}, on_a_cluster=on_a_cluster):
                 yield f"{path}: args: {problem}"
             for problem in unknown_deployments(application, (DEPLOYMENT_NAME, LINK_NAME)):
                 yield f"{path}: {problem}"
-    http = config.get("http_options") or {}
+    http = config.get("http_options")
+    if not isinstance(http, dict):
+        http = {}
     host, port = http.get("host", SERVE_HOST), http.get("port", SERVE_PORT)
     if not on_a_cluster and is_taken(host, port):
         yield (
@@ -93,7 +98,7 @@ def is_taken(host: str, port: int) -> bool:
     """Whether something listens there already."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, TypeError):  # no address; Ray Serve says so
         return False
     for family, *_, address in addresses:
         try:

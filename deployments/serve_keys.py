@@ -29,9 +29,9 @@ def unread_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """
     yield from _unread(config, ServeDeploySchema, "the top of the file")
     yield from _unread(config.get("http_options"), HTTPOptionsSchema, "http_options:")
-    for application in _items(config.get("applications")):
+    for application in items(config.get("applications")):
         yield from _unread(application, ServeApplicationSchema, "applications:")
-        for deployment in _items(application.get("deployments")):
+        for deployment in items(application.get("deployments")):
             yield from _unread(deployment, DeploymentSchema, "deployments:")
             for key, schema in (
                 ("autoscaling_config", AutoscalingConfig),
@@ -42,13 +42,15 @@ def unread_keys(config: Mapping[str, Any]) -> Iterator[str]:
 
 def unknown_deployments(application: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
     """One sentence for each entry of `deployments:` that sets options of no deployment."""
-    for deployment in _items(application.get("deployments")):
+    for deployment in items(application.get("deployments")):
         if (name := str(deployment.get("name"))) not in known:
             yield f"deployments: there is no {name!r}; known: {', '.join(known)}"
 
 
-def _items(values: Any) -> Iterator[Mapping[str, Any]]:
-    yield from (value for value in values or [] if isinstance(value, Mapping))
+def items(values: Any) -> Iterator[Mapping[str, Any]]:
+    """The mappings of a list; of what is none, nothing. Ray Serve says what is wrong with it."""
+    if isinstance(values, list):
+        yield from (value for value in values if isinstance(value, Mapping))
 
 
 def _unread(values: Any, schema: type[BaseModel], where: str) -> Iterator[str]:

@@ -144,6 +144,8 @@ def load_core(
         model_path, quant_path, precision, template=template, token_order=token_order
     )
     kind = _dtype(dtype, target, checkpoint)
+    if kind == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # the tower's first layer is a convolution
     available = cpus or len(os.sched_getaffinity(0))
     threads = num_threads or threads_for(checkpoint.spec.language, available)
     torch.set_num_threads(threads)

@@ -26,8 +26,10 @@ def upload(
     """
     if isinstance(values, Tensor):
         here = values
+    elif isinstance(values, np.ndarray):
+        here = torch.from_numpy(values)
     else:
-        here = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values)
+        here = torch.tensor(values, dtype=dtype)  # not by way of float32
     if device.type != "cpu":
         # From page-locked memory, or the driver would wait while it copies larger ones.
         here = here.pin_memory().to(device, non_blocking=True)

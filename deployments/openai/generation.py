@@ -113,7 +113,12 @@ class Generation:
                         yield self._with_usage(chunk, usages)
                 usages[index] = update.usage
                 if update.has_news:
-                    yield self._with_usage(self._answer.chunk(index, update), usages)
+                    write = self._answer.chunk
+                    if update.prompt_logprobs:  # thousands of them, perhaps
+                        chunk = await asyncio.to_thread(write, index, update)
+                    else:
+                        chunk = write(index, update)
+                    yield self._with_usage(chunk, usages)
                 else:
                     yield None
         if self.options.include_usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -21,6 +22,8 @@ from models.engine.sequence import Sequence
 from models.errors import EngineFault, RequestAborted
 from models.prompts import Tokenizer
 from models.transfer import upload
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -63,6 +66,8 @@ class EngineCore:
         self.async_scheduling = async_scheduling
         self._in_flight: InFlight | None = None
         self._last_landing = 0.0
+        self._due: list[GenerationDelta] = []
+        """Of the step that is under way; they outlive its failure."""
         self.num_steps = 0
 
     @property
@@ -102,34 +107,42 @@ class EngineCore:
         So the device has always something to do, the sampling knows all tokens before its own, and
         a sequence that ends with step N has a row in N + 1 that nobody reads.
         """
-        ended = self.scheduler.expire(time.monotonic()) + self.scheduler.refuse()
+        self._due += self.scheduler.expire(time.monotonic())
+        self._due += self.scheduler.refuse()
         batch = self.scheduler.schedule()
         started = time.perf_counter()
-        batch, logits, too_large = self._run(batch)
-        ended += too_large + self._land()
+        batch, logits = self._run(batch)
+        self._land()
         if logits is not None:
             self.num_steps += 1
             self._in_flight = self._sample(batch, logits, started)
-        return ended if self.async_scheduling else ended + self._land()
+        if not self.async_scheduling:
+            self._land()
+        return self._take_due()
 
-    def _run(self, batch: Batch) -> tuple[Batch, Tensor | None, list[GenerationDelta]]:
+    def _take_due(self) -> list[GenerationDelta]:
+        due, self._due = self._due, []
+        return due
+
+    def _run(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """As much of the batch as memory suffices for, and its logits. A request ends only if a
         single token of it is too much, which may have a picture about it."""
         has_released = False
         while batch.chunks:
             with suppress(*OUT_OF_MEMORY):
-                return batch, self.runner.run(batch, self._in_flight), []
+                return batch, self.runner.run(batch, self._in_flight)
             # Here the exception is gone, and with it the tensors that its traceback held.
             release_memory()
             if not has_released:
                 has_released = True
             elif batch.num_tokens > 1:
+                logger.warning("no memory for a step of %d tokens; it is halved", batch.num_tokens)
                 batch = self.scheduler.halve(batch)
             else:
                 error = EngineFault("the device's memory is too small for this request")
-                ended = self.scheduler.finish(batch.chunks[0].seq, "error", error=error)
-                return Batch(), None, [ended]
-        return batch, None, []
+                self._due.append(self.scheduler.finish(batch.chunks[0].seq, "error", error=error))
+                return Batch(), None
+        return batch, None
 
     def _sample(self, batch: Batch, logits: Tensor, started: float) -> InFlight:
         sampling = [chunk.seq for chunk in batch.sampling]
@@ -142,23 +155,28 @@ class EngineCore:
             seq.take_off()
         return InFlight(batch, seqs, samples, started)
 
-    def _land(self) -> list[GenerationDelta]:
+    def _land(self) -> None:
         """Books the step that is in flight."""
         if (step := self._in_flight) is None:
-            return []
+            return
         samples = step.samples.fetch()
-        self._in_flight = None
         now = time.perf_counter()
-        self.scheduler.prefill_budget.observe(
-            step.batch.num_decodes,
-            step.batch.num_prompt_tokens,
-            now - max(step.started, self._last_landing),
-        )
+        # Where all have ended nobody waited for it, and the engine may have been idle since.
+        if any(not chunk.seq.ended for chunk in step.batch.chunks):
+            self.scheduler.prefill_budget.observe(
+                step.batch.num_decodes,
+                step.batch.num_prompt_tokens,
+                now - max(step.started, self._last_landing),
+            )
         self._last_landing = now
-        return self.scheduler.commit(step.batch, step.seqs, samples)
+        self._due += self.scheduler.commit(step.batch, step.seqs, samples)
+        self._in_flight = None  # not before: `fail_running` lands what a failed commit has not
 
     def fail_running(self, error: Exception) -> list[GenerationDelta]:
-        """After a step that raised: ends what was running, frees it all, keeps those waiting."""
+        """After a step that raised: ends what was running, frees it all, keeps those waiting.
+
+        What had ended before it raised is among the deltas, too.
+        """
         if self._in_flight is not None:
             for seq in self._in_flight.seqs:
                 seq.land()  # what it computed is lost with it
@@ -166,12 +184,14 @@ class EngineCore:
         fault = EngineFault(
             f"the engine failed while computing this request: {type(error).__name__}"
         )
-        return [
+        self._due += [
             self.scheduler.finish(seq, "error", error=fault) for seq in list(self.scheduler.running)
         ]
+        return self._take_due()
 
     def check_idle(self) -> None:
         """When nothing runs or waits: raises AssertionError unless all blocks came back. O(1)."""
+        self._in_flight = None  # nobody's any more
         pool = self.scheduler.pool
         if pool.num_used or pool.num_free + pool.num_cached != pool.num_blocks:
             raise AssertionError(

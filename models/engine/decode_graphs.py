@@ -137,14 +137,18 @@ def cuda_capture(device: torch.device) -> Capture:
 
     def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with torch.cuda.device(device), torch.inference_mode():
-            stream.wait_stream(torch.cuda.current_stream(device))
+            here = torch.cuda.current_stream(device)
+            stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     compute()
-            torch.cuda.current_stream(device).wait_stream(stream)
+            here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                out = compute()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    out = compute()
+            finally:
+                torch.cuda.set_stream(here)  # torch stays on the capture's where that has failed
 
         def replay() -> Tensor:
             graph.replay()

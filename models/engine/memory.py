@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-"""A GPU's allocator raises the one, numpy and our own kernels the other."""
+"""A GPU's allocator raises the one, numpy and our own kernels the other. What torch raises on a CPU
+is no type of its own; there the kernel ends processes long before an allocation fails."""
 
 
 def release_memory() -> None:

@@ -7,6 +7,9 @@ prompt goes on when the account is not overdrawn. So the streams' time per token
 that share on average, whatever the processor and the model; and prompts always go on, since each
 step without them pays something in.
 
+With asynchronous scheduling a step is charged when the next one has been scheduled already, so that
+two may spend the same account; the average is kept.
+
 The pieces have a least size: many products read all weights for a few rows as for many, and a
 prompt cut too fine would cost several times as much. It is what a stream may be held up at once.
 """

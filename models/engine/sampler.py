@@ -54,7 +54,7 @@ class Sampler:
         """
         _apply_guides(logits, seqs)
         asking = _rows(seqs, lambda params: params.logprobs is not None)
-        raw = logits[asking].log_softmax(dim=-1) if asking else None
+        raw = logits[upload(asking, logits.device)].log_softmax(dim=-1) if asking else None
         _add_biases(logits, seqs)
         _penalise(logits, seqs)
         self._forbid_ends(logits, seqs)
@@ -85,7 +85,7 @@ class Sampler:
             at, forbidden = upload(ends, logits.device).unbind(dim=1)
             rows = upload(early, logits.device)
             before = logits[rows]
-            after = before.index_put((at, forbidden), before.new_tensor(-torch.inf))
+            after = before.index_put((at, forbidden), before.new_full((), -torch.inf))
             has_others = after.amax(dim=-1, keepdim=True) > -torch.inf
             logits[rows] = torch.where(has_others, after, before)
 
@@ -251,7 +251,8 @@ def _keep_likeliest(probabilities: Tensor, params: Rows[SamplingParams]) -> Tens
     ordered = ordered.masked_fill(rank >= top_k.unsqueeze(1), 0)
     # A token stays while the ones before it have not yet reached top_p; the first one always.
     top_p = upload([p.top_p for p in params], device, torch.float32).unsqueeze(1)
-    before = ordered.cumsum(dim=-1) - ordered
+    # In double precision, since a GPU adds floats up in no fixed order.
+    before = (ordered.double().cumsum(dim=-1) - ordered).to(ordered.dtype)
     reached = before >= top_p * ordered.sum(dim=-1, keepdim=True)
     ordered = ordered.masked_fill(reached & (top_p < 1) & (rank > 0), 0)
     return torch.zeros_like(probabilities).scatter(1, order, ordered)

@@ -77,9 +77,7 @@ def resolve_sizes(
         GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
     )
     blocks_per_seq = -(-context_length // shape.block_size)
-    if options.kv_cache_bytes is not None:
-        num_blocks = options.kv_cache_bytes // shape.bytes_per_block
-    elif on_gpu:
+    if on_gpu:  # whatever was asked for: it compiles what a first request would wait for
         profile = partial(
             _profile, max_num_batched_tokens, context_length, max_num_seqs, shape, decoder, vision,
             placement, tokenizer, attention,
@@ -87,8 +85,9 @@ def resolve_sizes(
         num_blocks = _gpu_blocks(options, shape, placement, profile)
     else:
         num_blocks = int(available_memory() * CPU_MEMORY_SHARE) // shape.bytes_per_block
-    if options.kv_cache_bytes is None:
-        num_blocks = min(num_blocks, max_num_seqs * blocks_per_seq)
+    num_blocks = min(num_blocks, max_num_seqs * blocks_per_seq)
+    if options.kv_cache_bytes is not None:
+        num_blocks = options.kv_cache_bytes // shape.bytes_per_block
     if num_blocks < 2:
         raise ConfigurationError(
             f"the KV cache has room for {num_blocks} blocks of {shape.block_size} tokens "
@@ -165,7 +164,7 @@ def _profile(
     lengths = [
         min(context_length, num_tokens - start) for start in range(0, num_tokens, context_length)
     ]
-    longest = -(-context_length // shape.block_size)
+    longest = -(-max(lengths) // shape.block_size)
     cache = KVCache(shape, longest * len(lengths), placement.layers)
     spans = [
         Span(0, length, range(index * longest, (index + 1) * longest))

@@ -40,7 +40,8 @@ class PromptChunk:
     tables: Tensor
     """(kv_heads, blocks) int64, all blocks from the sequence's beginning to the chunk's end."""
     mask: Tensor | None
-    """(rows, context + rows) bool, True where attended; None where plain causal will do."""
+    """(rows, context + rows) bool, True where attended; None where plain causal will do, or where
+    our own kernel computes, which needs none."""
 
     def to(self, device: torch.device) -> PromptChunk:
         mask = None if self.mask is None else self.mask.to(device)
@@ -134,7 +135,7 @@ def _blocks_of_tokens(span: Span, block_size: int) -> Tensor:
 
 def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.device) -> PromptChunk:
     mask = None
-    if span.start > 0:
+    if span.start > 0 and _kernels_for(shape, device) is None:
         queries = torch.arange(span.start, span.end).unsqueeze(1)
         mask = (torch.arange(span.end) <= queries).to(device)
     blocks = torch.tensor(span.block_table[: -(-span.end // shape.block_size)])

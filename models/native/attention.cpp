@@ -15,7 +15,8 @@ constexpr int64_t LANES = WIDTH;
 
 // e^x for x <= 0, to 2 units of fp32's last place.
 __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));  // e^-104 is less than fp32 can tell from 0
+    // e^-104 is less than fp32 can tell from 0. In this order what is no number stays none.
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     // ln 2 in two parts, the first short enough for n times it to be exact.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.native.build import BuildError, build
+from models.native.weight_memory import WeightMemory
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ INSTRUCTIONS = frozenset(
 
 HEAD_DIMS = (64, 96, 128)
 BLOCK_MULTIPLE = 16
-"""What `paged_attention` can do."""
+"""What kernels that read the KV cache can do."""
 
 _pointer, _int64, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -40,6 +41,7 @@ class Kernels:
         Raises:
             OSError: it cannot be loaded, e.g. for a symbol that this process does not have.
         """
+        self._memory = WeightMemory()
         library = ctypes.CDLL(str(path))
         self._packed_bytes = library.w4a16_packed_bytes
         self._packed_bytes.argtypes = [_int64] * 3
@@ -94,7 +96,7 @@ class Kernels:
         """
         n, k = q.shape
         group = k // scale.shape[1]
-        packed = torch.empty(self._packed_bytes(n, k, group), dtype=torch.uint8)
+        packed = self._memory.empty(self._packed_bytes(n, k, group))
         self._pack(
             q.data_ptr(), scale.data_ptr(), zero.data_ptr(), multiplier, n, k, group,
             packed.data_ptr(), torch.get_num_threads(),

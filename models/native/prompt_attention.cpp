@@ -2,7 +2,8 @@
 // bf16: blocked attention with a running softmax (FlashAttention-2; Dao, 2023) that reads keys and
 // values where they lie. Scores, sums and results are fp32; weights are bf16 for the product with
 // the values. Neither how a prompt is cut into chunks nor who computes what beside it changes a
-// row's bits: tiles of keys begin at multiples of TILE_KEYS from the sequence's beginning.
+// row's bits: tiles of keys begin at multiples of TILE_KEYS from the sequence's beginning. (A chunk
+// of one token is `paged_attention`'s, which rounds otherwise.)
 //
 // A tile of up to 64 queries, the heads that share keys beside one another, meets tiles of 64 keys:
 //
@@ -129,7 +130,7 @@ void interleave(const Cache& cache, int64_t start, int64_t count, uint32_t* out)
     }
 }
 
-// Scores of `keys` (even) keys -> weights, and the rows' running softmax brought up to date.
+// Scores of `keys` keys, in pairs, the last one's other half being masked -> weights, and the rows' running softmax brought up to date.
 // before: the largest scores without these keys.
 template <int64_t HEAD_DIM>
 void weigh(Workspace<HEAD_DIM>& work, int64_t keys, int64_t lane, const float* before) {

@@ -23,7 +23,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 namespace {
 
@@ -36,7 +35,6 @@ constexpr int64_t STEP_BYTES = PANELS * 64;
 constexpr int64_t PARAMETER_BYTES = COLUMNS * 3;
 constexpr int64_t MOST_ROWS = 4;  // that share a register of weights. More leave too few for the rest
 constexpr int64_t PREFETCH_BYTES = 6144;
-constexpr int64_t HUGE_PAGE = 1 << 21;
 
 struct Header {
     int64_t n, k, group;
@@ -61,12 +59,6 @@ __m512i centred_values() {
         values[i] = bits >> 16;
     }
     return _mm512_loadu_si512(values);
-}
-
-void advise_huge_pages(uint8_t* start, int64_t bytes) {
-    const uintptr_t from = ((uintptr_t)start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    const uintptr_t to = ((uintptr_t)start + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);  // advice: may fail
 }
 
 uint32_t interleave(const uint8_t* q) {
@@ -172,7 +164,6 @@ int64_t w4a16_packed_bytes(int64_t n, int64_t k, int64_t group) {
 // multiple of 32. packed: w4a16_packed_bytes.
 void w4a16_pack(const uint8_t* q, const uint16_t* scale, const uint8_t* zero, float multiplier,
                 int64_t n, int64_t k, int64_t group, uint8_t* packed, int threads) {
-    advise_huge_pages(packed, w4a16_packed_bytes(n, k, group));
     Header header = {n, k, group, multiplier, {}};
     memcpy(packed, &header, sizeof header);
     const int64_t groups = k / group;

@@ -19,7 +19,7 @@ from tests.serve.worker import STREAM, Worker, base64_of, prompt_of, wait_until
 
 APP, CROWDED = "metered", "crowded"
 MODELS = {APP: "llava-demo-4bit-AWQ", CROWDED: "llava-tiny-4bit-AWQ"}
-QUEUE_TIMEOUT_S = 1.0
+QUEUE_TIMEOUT_S = 0.5
 QUESTION = "What is in this image?"
 
 
@@ -28,6 +28,7 @@ def metered(deploy: Deploy) -> Worker:
     return deploy(
         APP, model_path=str(DEMO_CHECKPOINT), max_num_seqs=1, max_waiting=1,
         queue_timeout_s=QUEUE_TIMEOUT_S,
+        dtype="float32",  # or the longest answer would be over before another waited too long
     )  # fmt: skip
 
 

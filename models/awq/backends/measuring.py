@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -60,8 +61,9 @@ def measure(
             logger.warning("%s is not measured: %s", name, mismatch)
     wide = weight.dequantize(dtype)
     del weight
+    generator = torch.Generator(device).manual_seed(1)  # torch's own is lost with a failed capture
     for count in rows:
-        x = torch.randn(count, shape.in_features, device=device).to(dtype)
+        x = torch.randn(count, shape.in_features, device=device, generator=generator).to(dtype)
         expected = F.linear(x, wide).float()
         timings = {}
         for name, packed in forms.items():
@@ -72,6 +74,7 @@ def measure(
         yield count, timings
 
 
+@torch.inference_mode()
 def time_on_gpu(calls: Sequence[Callable[[], object]], rows: int) -> float:
     """Seconds of one call, without what the CPU takes to launch it."""
     for call in calls:
@@ -84,14 +87,17 @@ def time_on_gpu(calls: Sequence[Callable[[], object]], rows: int) -> float:
             for call in calls:
                 call()
 
+    here = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=_capture_stream(here.device)):
             run()
         run = graph.replay
     except RuntimeError:
         if rows <= GRAPH_ROWS:
             raise
+    finally:
+        torch.cuda.set_stream(here)  # torch stays on the capture's where that has failed
     run()
     shortest = math.inf
     for _ in range(REPEATS):
@@ -102,6 +108,12 @@ def time_on_gpu(calls: Sequence[Callable[[], object]], rows: int) -> float:
         ended.synchronize()
         shortest = min(shortest, started.elapsed_time(ended))
     return shortest / 1e3 / (turns * len(calls))
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, since each has a workspace of cuBLAS's; torch's own lies on one device only."""
+    return torch.cuda.Stream(device)
 
 
 def time_on_cpu(calls: Sequence[Callable[[], object]], _: int) -> float:

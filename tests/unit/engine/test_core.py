@@ -536,6 +536,41 @@ def test_what_ends_while_a_step_is_in_flight_leaves_a_row_that_nobody_reads() ->
     core.check_idle()
 
 
+def test_idle_time_is_no_steps_time() -> None:
+    """A step in flight whose requests have all ended is landed when the next one comes."""
+    core = build_core(async_scheduling=True, slowdown=0.5)
+    core.add(request("gone", [7, 8], max_new_tokens=9, ignore_eos=True))
+    for _ in range(4):
+        core.step()
+    budget = core.scheduler.prefill_budget
+    before = budget._decode_s
+    assert before is not None
+    core.abort("gone")
+    time.sleep(100 * before)
+    core.add(request("next", [4, 5, 6]))
+    core.step()
+    assert budget._decode_s == before
+
+
+def test_what_has_ended_is_told_even_if_the_step_fails_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = build_core(async_scheduling=True)
+    core.add(request("ends", [4, 5, 6], max_new_tokens=1, ignore_eos=True))
+    core.add(request("goes on", [7, 8], max_new_tokens=9, ignore_eos=True))
+    core.step()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("pretended")
+
+    monkeypatch.setattr(core.sampler, "sample", fail)
+    with pytest.raises(RuntimeError) as caught:
+        core.step()
+    ended = {delta.request_id: delta.finish_reason for delta in core.fail_running(caught.value)}
+    assert ended["ends"] == "length" and ended["goes on"] == "error"
+    core.check_idle()
+
+
 def test_followers_wait_for_blocks_that_are_in_flight() -> None:
     core = build_core(budget=64, async_scheduling=True)
     shared = [3 + i % 50 for i in range(40)]
