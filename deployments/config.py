@@ -123,9 +123,9 @@ class AppConfig(BaseModel):
         description="On a GPU: capture no CUDA graphs of decode steps, which take some seconds at "
         "start and some memory.",
     )
-    attention_backend: str = Field(
+    attention_backend: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="`triton` (a GPU) or `torch`; auto: the fastest that runs on the device.",
+        description="`triton` runs on GPUs only; auto: the fastest that runs on the device.",
     )
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(

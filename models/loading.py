@@ -28,7 +28,7 @@ from models.engine.process import ProcessHost
 from models.engine.runner import ModelRunner
 from models.engine.sizing import GPU_STEP_TOKENS, keeps_bf16_copy, resolve_sizes, threads_for
 from models.errors import ConfigurationError
-from models.language.attention_backends import ATTENTION_BACKENDS, attention_backend
+from models.language.attention_backends import ATTENTION_BACKENDS, select_attention
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.loading import load_decoder
 from models.language.paged_batch import PagedBatch
@@ -168,7 +168,8 @@ def load_core(
         backend=backend,
     )
     shape = KVCacheShape.of(spec.language, options.block_size, kind)
-    attention = attention_backend(target, options.attention_backend)
+    attention_name = select_attention(target, options.attention_backend)
+    attention = ATTENTION_BACKENDS[attention_name]
     warm_up_linears(decoder, kind, options.max_num_batched_tokens or GPU_STEP_TOKENS)
     sizes = resolve_sizes(
         options, shape, context_length, decoder, vision, placement, tokenizer, attention
@@ -212,7 +213,7 @@ def load_core(
         "device": _device_names(placement),
         "dtype": str(kind).removeprefix("torch."),
         "backend": backends_of(decoder),
-        "attention": next(n for n in ATTENTION_BACKENDS if ATTENTION_BACKENDS[n] is attention),
+        "attention": attention_name,
         "cuda_graphs": "none" if graphs is None else f"up to {graphs.sizes[-1]} sequences",
         "threads": str(threads),
         "context": f"{sizes.max_model_len} tokens",

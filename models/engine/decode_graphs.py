@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.engine.in_flight import InFlight
-from models.engine.input_tokens import InputTokens, spans_of
+from models.engine.input_tokens import KNOWN, InputTokens, spans_of
 from models.engine.scheduler import Batch
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache
@@ -111,7 +111,10 @@ class DecodeGraph:
 
     def run(self, batch: Batch, in_flight: InFlight | None) -> Tensor:
         tokens = InputTokens.of(batch.chunks, in_flight)
-        more = {"ids": np.zeros(self._rows, np.int32), "sources": np.full(self._rows, -1, np.int32)}
+        more = {
+            "ids": np.zeros(self._rows, np.int32),
+            "sources": np.full(self._rows, KNOWN, np.int32),
+        }
         more["ids"][: len(tokens.ids)] = tokens.ids
         more["sources"][: len(tokens.sources)] = tokens.sources
         self._layout.load(spans_of(batch), self._cache.shape, more)
@@ -120,7 +123,7 @@ class DecodeGraph:
     def _compute(self) -> Tensor:
         ids, sources = self._layout.integers["ids"], self._layout.integers["sources"]
         in_flight = self._previous.index_select(0, sources.clamp(min=0))
-        ids = torch.where(sources < 0, ids, in_flight).clamp(min=0)
+        ids = torch.where(sources == KNOWN, ids, in_flight).clamp(min=0)
         hidden = self._decoder(self._decoder.embed(ids), self._cache, self._layout)
         return self._decoder.logits(hidden)
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.gpu.attention_tile import attend_tile
 from models.gpu.tiles import LOG2_E, MAX_SPLITS, SMALLEST, padded_dim, tile_size
 
 TILE_BYTES = 16 << 10
@@ -70,32 +71,14 @@ def decode_kernel(
     top = tl.full((PADDED_GROUP,), -float("inf"), tl.float32)
     total = tl.zeros((PADDED_GROUP,), tl.float32)
     acc = tl.zeros((PADDED_GROUP, PADDED_DIM), tl.float32)
+    table_ptr = tables_ptr + sequence * width
+    query_tokens = tl.zeros((PADDED_GROUP,), tl.int32) + (length - 1)
+    # Each tile has a token, so that a row's highest score is never -inf.
     for tile in tl.range(first_tile, last_tile):
-        tokens = tile * TILE + tl.arange(0, TILE)
-        there = tokens < length
-        blocks = tl.load(
-            tables_ptr + sequence * width + tokens // BLOCK_SIZE, mask=there, other=0
-        ).to(tl.int64)
-        rows = ((blocks * KV_HEADS + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE) * HEAD_DIM
-        k = tl.load(
-            keys_ptr + rows[None, :] + dims[:, None],
-            mask=there[None, :] & (dims < HEAD_DIM)[:, None],
-            other=0.0,
-        )
-        v = tl.load(
-            values_ptr + rows[:, None] + dims[None, :],
-            mask=there[:, None] & (dims < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        scores = tl.where(there[None, :], scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: each tile has a token
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = acc * fade[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        top = higher
+        top, total, acc = attend_tile(
+            q, query_tokens, top, total, acc, tile, keys_ptr, values_ptr, table_ptr, length,
+            kv_head, scale, KV_HEADS, HEAD_DIM, BLOCK_SIZE, PADDED_DIM, TILE, True,
+        )  # fmt: skip
 
     # With any token the total is at least 1, the weight of the highest score. A row of length 0,
     # the padding of a captured batch, comes out as zeros.

@@ -13,62 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.gpu.attention_tile import attend_tile
 from models.gpu.tiles import LOG2_E, padded_dim, tile_size
 
 ROWS, ROWS_IN_FLOAT32 = 64, 16
 """Of queries in one program."""
 TILE_BYTES = 8 << 10
 """Of keys."""
-
-
-@triton.jit
-def attend_tile(
-    q,
-    query_tokens,
-    top,
-    total,
-    acc,
-    tile,
-    keys_ptr,
-    values_ptr,
-    table_ptr,
-    length,
-    kv_head,
-    scale,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """One tile of keys more in each row's softmax and sum."""
-    dims = tl.arange(0, PADDED_DIM)
-    tokens = tile * TILE + tl.arange(0, TILE)
-    there = tokens < length
-    blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-    rows = ((blocks * KV_HEADS + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE) * HEAD_DIM
-    k = tl.load(
-        keys_ptr + rows[None, :] + dims[:, None],
-        mask=there[None, :] & (dims < HEAD_DIM)[:, None],
-        other=0.0,
-    )
-    v = tl.load(
-        values_ptr + rows[:, None] + dims[None, :],
-        mask=there[:, None] & (dims < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    if CAUSAL:
-        seen = (tokens[None, :] <= query_tokens[:, None]) & there[None, :]
-        scores = tl.where(seen, scores, -float("inf"))
-    higher = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - higher[:, None])
-    fade = tl.exp2(top - higher)
-    total = total * fade + tl.sum(weights, axis=1)
-    acc = acc * fade[:, None]
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    return higher, total, acc
 
 
 @triton.jit(do_not_specialize=["width", "first_sequence"])

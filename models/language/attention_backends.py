@@ -49,13 +49,14 @@ ATTENTION_BACKENDS.register("torch", AttentionBatch)
 ATTENTION_BACKENDS.register("triton", PagedBatch)
 
 
-def attention_backend(device: torch.device, name: str = "auto") -> type[StepLayout]:
-    """
+def select_attention(device: torch.device, name: str = "auto") -> str:
+    """A name of `ATTENTION_BACKENDS`.
+
     Args:
         name: of `ATTENTION_BACKENDS`; auto: our Triton kernels where they run, torch elsewhere.
 
     Raises:
-        ConfigurationError: there is no such backend, or not for this device.
+        ConfigurationError: it does not run on this device.
     """
     if name == "auto":
         name = "triton" if runs_triton(device) else "torch"
@@ -64,4 +65,4 @@ def attention_backend(device: torch.device, name: str = "auto") -> type[StepLayo
             f"attention backend 'triton' does not run on {device}: it needs the package triton and "
             "an NVIDIA GPU of compute capability 8.0 or later; use auto or torch"
         )
-    return ATTENTION_BACKENDS[name]
+    return name

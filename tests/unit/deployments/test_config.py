@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from deployments.config import AppConfig
 from models import EngineOptions
+from models.language.attention_backends import ATTENTION_BACKENDS
 from tests.unit.deployments.harness import make_config
 
 
@@ -202,3 +203,8 @@ def test_hosts_of_pictures_are_names(host: str) -> None:
 def test_and_nothing_else(host: str) -> None:
     with pytest.raises(ValidationError, match="is no host"):
         make_config(allowed_image_hosts=[host])
+
+
+def test_the_attention_backends_are_those_of_the_engine() -> None:
+    annotation = AppConfig.model_fields["attention_backend"].annotation
+    assert set(get_args(annotation)) == {"auto", *ATTENTION_BACKENDS}

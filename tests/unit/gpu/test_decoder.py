@@ -9,7 +9,7 @@ from torch import Tensor
 from models.gpu.support import runs_triton
 from models.language import fused
 from models.language.attention import Span
-from models.language.attention_backends import attention_backend
+from models.language.attention_backends import ATTENTION_BACKENDS, select_attention
 from models.language.decoder import Decoder
 from models.language.kv_cache import KVCache, KVCacheShape
 from models.language.paged_batch import PagedBatch
@@ -109,7 +109,7 @@ def test_sixteen_bits_answer_as_torchs_operators_do(
     spans, results = [Span(0, 50, [4, 1, 6, 2])], []
     for name in ("triton", "torch"):
         monkeypatch.setattr(fused, "runs_triton", lambda device, on=name == "triton": on)
-        batch = attention_backend(DEVICE, name).build(spans, shape, DEVICE)
+        batch = ATTENTION_BACKENDS[name].build(spans, shape, DEVICE)
         results.append(compute(decoder, KVCache(shape, 8, DEVICE), ids, batch))  # type: ignore[arg-type]
     scale = results[1].abs().max()
     assert (results[0] - results[1]).abs().max() < scale * (
@@ -119,4 +119,4 @@ def test_sixteen_bits_answer_as_torchs_operators_do(
 
 @needs_gpu
 def test_the_kernels_are_what_a_gpu_gets() -> None:
-    assert runs_triton(DEVICE) and attention_backend(DEVICE) is PagedBatch
+    assert runs_triton(DEVICE) and ATTENTION_BACKENDS[select_attention(DEVICE)] is PagedBatch

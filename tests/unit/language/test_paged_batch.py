@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models.errors import ConfigurationError
 from models.gpu.integers import Integers
 from models.language.attention import AttentionBatch, Span
-from models.language.attention_backends import attention_backend
+from models.language.attention_backends import ATTENTION_BACKENDS, select_attention
 from models.language.kv_cache import KVCacheShape
 from models.language.paged_batch import PagedBatch
 
@@ -87,8 +87,8 @@ def test_more_than_there_is_room_for_is_an_error_and_no_overrun() -> None:
 
 
 def test_a_cpu_computes_with_torch_and_is_refused_tritons_kernels() -> None:
-    assert attention_backend(CPU) is AttentionBatch
+    assert ATTENTION_BACKENDS[select_attention(CPU)] is AttentionBatch
     with pytest.raises(ConfigurationError, match="'triton' does not run on cpu"):
-        attention_backend(CPU, "triton")
+        select_attention(CPU, "triton")
     with pytest.raises(ConfigurationError, match=r"unknown attention backend 'x'; known: torch"):
-        attention_backend(CPU, "x")
+        ATTENTION_BACKENDS[select_attention(CPU, "x")]
