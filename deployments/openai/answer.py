@@ -42,6 +42,8 @@ class Answer(ABC):
     prefix: str
     whole_object: str
     chunk_object: str
+    scores_prompts_once: bool
+    """Whether of several choices with one prompt the first one's log-probabilities of it do."""
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class ChatAnswer(Answer):
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    scores_prompts_once = True
 
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
         """The role, in a chunk of its own."""
@@ -167,6 +170,7 @@ class CompletionAnswer(Answer):
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
+    scores_prompts_once = False
 
     def __init__(
         self,

@@ -188,7 +188,10 @@ class Generation:
         seed = params.seed
         if seed is not None:
             seed = (seed + number + (1 << 63)) % (1 << 64) - (1 << 63)
-        return replace(params, seed=seed, stop=(*params.stop, *stops))
+        scored = params.prompt_logprobs
+        if number and self._answer.scores_prompts_once:
+            scored = None
+        return replace(params, seed=seed, stop=(*params.stop, *stops), prompt_logprobs=scored)
 
     def _with_usage(self, chunk: dict[str, Any], usages: Sequence[Usage]) -> dict[str, Any]:
         if self.options.continuous_usage:

@@ -395,8 +395,10 @@ class TestLogprobsOfPrompts:
             {"195": entry(-2.0, 3, "\ufffd"), "99": entry(-0.25, 1, "c")},
             {"169": entry(-9999.0, 200, "\ufffd"), "100": entry(-0.125, 1, "d")},
         ]
-        chat = (await post(make_worker(with_prompt_logprobs()), prompt_logprobs=1, n=2)).json
+        worker = make_worker(with_prompt_logprobs())
+        chat = (await post(worker, prompt_logprobs=1, n=2)).json
         assert chat["prompt_logprobs"] == expected
+        assert {params.prompt_logprobs for _, _, params, _ in engine_of(worker).asked} == {1, None}
         assert chat["choices"][0]["logprobs"] is None
         worker = make_worker(with_prompt_logprobs())
         body = (await post(worker, COMPLETIONS, prompt=["aé"] * 2, prompt_logprobs=1)).json
