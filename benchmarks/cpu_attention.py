@@ -39,6 +39,8 @@ ROWS = (1, 4, 8, 16, 32, 64)
 SECONDS = 2.0
 """Of turns, for each comparison."""
 FEWEST_TURNS = 3
+LARGEST_DIFFERENCE = 0.05
+"""Of the two sides, relative to the largest value; bfloat16 rounds by 0.004."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ def compare_attention(heads: int, kv_heads: int, context: int, rows: int) -> Com
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     cos = torch.ones(rows, 1, HEAD_DIM).bfloat16()
     rotation = cos, torch.zeros_like(cos)
+    ours, theirs = batch.attend(qkv, rotation, cache, 0), attend(q, k, v, cache, 0, batch)
+    if (ours - theirs).abs().max() > LARGEST_DIFFERENCE * theirs.abs().max():
+        raise AssertionError(f"{rows} rows after {context}: the two sides compute different things")
     return compare(
         f"{heads} heads / {kv_heads}, {rows} row{'s' * (rows > 1)} after {context}",
         [lambda layer=layer: batch.attend(qkv, rotation, cache, layer) for layer in range(LAYERS)],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,19 @@ class PromptChunk:
     """How many tokens of the sequence were computed in earlier steps."""
     tables: Tensor
     """(kv_heads, blocks) int64, all blocks from the sequence's beginning to the chunk's end."""
-    mask: Tensor | None
-    """(rows, context + rows) bool, True where attended; None where plain causal will do, or where
-    our own kernel computes, which needs none."""
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(rows, context + rows) bool, True where attended; None where plain causal will do. Made
+        for torch's product when it first asks; our own kernel needs none."""
+        if self.context == 0:
+            return None
+        device, end = self.tables.device, self.context + self.last - self.first
+        queries = torch.arange(self.context, end, device=device).unsqueeze(1)
+        return torch.arange(end, device=device) <= queries
 
     def to(self, device: torch.device) -> PromptChunk:
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, tables=self.tables.to(device), mask=mask)
+        return replace(self, tables=self.tables.to(device))
 
 
 @dataclass(frozen=True)
@@ -134,17 +141,12 @@ def _blocks_of_tokens(span: Span, block_size: int) -> Tensor:
 
 
 def _prompt_chunk(span: Span, row: int, shape: KVCacheShape, device: torch.device) -> PromptChunk:
-    mask = None
-    if span.start > 0 and _kernels_for(shape, device) is None:
-        queries = torch.arange(span.start, span.end).unsqueeze(1)
-        mask = (torch.arange(span.end) <= queries).to(device)
     blocks = torch.tensor(span.block_table[: -(-span.end // shape.block_size)])
     return PromptChunk(
         first=row,
         last=row + span.end - span.start,
         context=span.start,
         tables=shape.tables(blocks).to(device),
-        mask=mask,
     )
 
 
